@@ -1,0 +1,6 @@
+"""The small trained networks of MotionRAG: torch and einops only; they know no video, database or backbone."""
+
+from motionrag.models.cama import CAMA, cama_loss
+from motionrag.models.resampler import Resampler
+
+__all__ = ["CAMA", "Resampler", "cama_loss"]

@@ -1,0 +1,45 @@
+"""The record that describes a backbone family. It holds facts, no weights and no state."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Facts about one family of diffusers image-to-video models.
+
+    Attributes:
+        name: Short name, as in bundles and on the command line.
+        denoiser_class: Class name of the denoising network.
+        denoiser: Attribute of the pipeline that holds that network.
+        injection_sites: Pattern of the paths of the attention output projections at which motion is injected.
+        published_prefix: Prefix of the denoiser's keys in the published MotionRAG checkpoints.
+        fps: Frames per second at which the family was trained.
+        pipeline_class: Class name of the diffusers pipeline; None while motionrag cannot generate with the family.
+        output_size: The size of the video that a call will make, `(pipeline, height, width, num_frames)`, with None
+            filled in; raises ValueError naming the nearest valid size.
+    """
+
+    name: str
+    denoiser_class: str
+    denoiser: str
+    injection_sites: re.Pattern[str]
+    published_prefix: str
+    fps: int
+    pipeline_class: str | None = None
+    output_size: Callable[[Any, int | None, int | None, int | None], tuple[int, int, int]] | None = None
+
+    def sites(self, model: nn.Module) -> list[str]:
+        """List the default injection sites of a denoiser of this family, in the order of its modules.
+
+        Args:
+            model: The denoising network, or any part of it whose paths match.
+
+        Returns:
+            Paths such as `transformer_blocks.0.attn1.to_out.0`.
+        """
+        return [path for path, _ in model.named_modules() if self.injection_sites.fullmatch(path)]

@@ -1,0 +1,66 @@
+"""CogVideoX image-to-video (2B-style and 5B): sites, size and frame rules.
+
+The attention of a block runs over text and video tokens together, so the injection acts on both, as published.
+"""
+
+import re
+from typing import Any
+
+from motionrag.backbones.backbone import Backbone
+
+
+def output_size(pipeline: Any, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
+    """Fill in and check the size of the video.
+
+    Sizes are multiples of the VAE's spatial factor times the patch; frames are 1 more than a multiple of the VAE's
+    temporal factor. A model with learned positions (5B-I2V) knows a single picture size and a longest video.
+
+    Args:
+        pipeline: A diffusers `CogVideoXImageToVideoPipeline`.
+        height: Pixels, or None for the model's own.
+        width: Pixels, or None for the model's own.
+        num_frames: Frames of the video, or None for the model's own.
+
+    Returns:
+        Height, width and number of frames.
+
+    Raises:
+        ValueError: If the model cannot make that size; the nearest valid one is named.
+    """
+    config = pipeline.transformer.config
+    spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+    own_height, own_width = config.sample_height * spatial, config.sample_width * spatial
+    height, width = height or own_height, width or own_width
+    num_frames = num_frames or config.sample_frames
+
+    step = spatial * config.patch_size
+    nearest = (max(step, round(height / step) * step), max(step, round(width / step) * step))
+    if config.use_learned_positional_embeddings:
+        nearest = (own_height, own_width)
+    if (height, width) != nearest:
+        raise ValueError(
+            f"This CogVideoX model cannot make {height}×{width} (height×width); the nearest valid size is "
+            f"{nearest[0]}×{nearest[1]}."
+        )
+
+    latent_frames = max(0, round((num_frames - 1) / temporal))
+    if config.use_learned_positional_embeddings:
+        latent_frames = min(latent_frames, (config.sample_frames - 1) // temporal)
+    if num_frames != latent_frames * temporal + 1:
+        raise ValueError(
+            f"This CogVideoX model cannot make {num_frames} frames; the nearest valid number is "
+            f"{latent_frames * temporal + 1}."
+        )
+    return height, width, num_frames
+
+
+COGVIDEOX = Backbone(
+    name="cogvideox",
+    denoiser_class="CogVideoXTransformer3DModel",
+    denoiser="transformer",
+    injection_sites=re.compile(r"transformer_blocks\.\d+\.attn1\.to_out\.0"),
+    published_prefix="transformer.",
+    fps=8,
+    pipeline_class="CogVideoXImageToVideoPipeline",
+    output_size=output_size,
+)
