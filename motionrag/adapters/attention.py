@@ -164,6 +164,17 @@ class AttentionInjection(nn.Module):
         """Paths of the sites, in the order of the backbone's modules."""
         return [name.replace("/", ".") for name in self.sites]
 
+    def config(self) -> dict[str, Any]:
+        """Arguments that build this adapter again, as JSON values.
+
+        Returns:
+            Keyword arguments of the class.
+        """
+        sites = {
+            site: [self._adapter(site).to_q.in_features, self._adapter(site).num_heads] for site in self.site_names
+        }
+        return {"sites": sites, "token_dim": self.token_dim}
+
     @property
     def is_attached(self) -> bool:
         """True between `attach` and `detach`."""
@@ -188,6 +199,18 @@ class AttentionInjection(nn.Module):
                     "it was made for another model."
                 )
         self._attachment.attach(model, {site: partial(self._inject, site) for site in self.site_names})
+
+    def reattach(self) -> None:
+        """Move the adapter to the layers that stand at its sites now, after LoRA or the like has wrapped them.
+
+        Raises:
+            RuntimeError: If the adapter is not attached.
+        """
+        model = self._attachment.model
+        if model is None:
+            raise RuntimeError("The adapter is not attached to a model; call attach(model).")
+        self.detach()
+        self.attach(model)
 
     def detach(self) -> None:
         """Take the adapter away; the model is as before, bit for bit."""

@@ -20,8 +20,10 @@ class Backbone:
         published_prefix: Prefix of the denoiser's keys in the published MotionRAG checkpoints.
         fps: Frames per second at which the family was trained.
         pipeline_class: Class name of the diffusers pipeline; None while motionrag cannot generate with the family.
+        guidance_scale: Default strength of classifier-free guidance.
         output_size: The size of the video that a call will make, `(pipeline, height, width, num_frames)`, with None
             filled in; raises ValueError naming the nearest valid size.
+        call_options: Further arguments that every call of the pipeline needs.
     """
 
     name: str
@@ -31,7 +33,9 @@ class Backbone:
     published_prefix: str
     fps: int
     pipeline_class: str | None = None
+    guidance_scale: float = 1.0
     output_size: Callable[[Any, int | None, int | None, int | None], tuple[int, int, int]] | None = None
+    call_options: Callable[[Any], dict[str, Any]] | None = None
 
     def sites(self, model: nn.Module) -> list[str]:
         """List the default injection sites of a denoiser of this family, in the order of its modules.

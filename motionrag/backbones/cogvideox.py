@@ -54,6 +54,18 @@ def output_size(pipeline: Any, height: int | None, width: int | None, num_frames
     return height, width, num_frames
 
 
+def call_options(pipeline: Any) -> dict[str, Any]:
+    """Arguments of every call: the pipeline's own default prompt length fits the published sizes only.
+
+    Args:
+        pipeline: A diffusers `CogVideoXImageToVideoPipeline`.
+
+    Returns:
+        Keyword arguments.
+    """
+    return {"max_sequence_length": pipeline.transformer.config.max_text_seq_length}
+
+
 COGVIDEOX = Backbone(
     name="cogvideox",
     denoiser_class="CogVideoXTransformer3DModel",
@@ -62,5 +74,7 @@ COGVIDEOX = Backbone(
     published_prefix="transformer.",
     fps=8,
     pipeline_class="CogVideoXImageToVideoPipeline",
+    guidance_scale=6.0,
     output_size=output_size,
+    call_options=call_options,
 )

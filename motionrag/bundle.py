@@ -1,0 +1,355 @@
+"""The bundle: the trained set for one backbone, saved and shared as one folder.
+
+    config.json                         what the parts are and which frozen encoders and base model they belong to
+    motion_resampler.safetensors        video features → motion tokens
+    context_resampler.safetensors       image features → context tokens
+    cama.safetensors                    CAMA
+    motion_injection.safetensors        attention adapters of the backbone
+    unconditional_tokens.safetensors    motion tokens of a grey clip, for guidance
+
+Any subset of the parts may be there. Parts are read when they are first used. It holds no frozen weights: encoders
+and base model are named by hub id, or by a folder inside the bundle as in the embedded default.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from motionrag.adapters import AttentionInjection
+from motionrag.encoders.fingerprint import fingerprint
+from motionrag.models import CAMA, Resampler
+
+FORMAT = 1
+POCKET = "pocket"
+# Files that can run code when they are read.
+_UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
+
+_PARTS: dict[str, type[nn.Module]] = {
+    "motion_resampler": Resampler,
+    "context_resampler": Resampler,
+    "cama": CAMA,
+    "motion_injection": AttentionInjection,
+}
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Where a frozen encoder comes from.
+
+    Attributes:
+        source: Hub id, or folder relative to the bundle.
+        licence: Licence of its weights, as SPDX name or in words.
+        pretrained: Tag of the weights, where the library names model and weights apart (open_clip).
+    """
+
+    source: str
+    licence: str = ""
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """Everything about a bundle except its tensors.
+
+    Attributes:
+        backbone: Family, such as "cogvideox".
+        base_model: Hub id of the frozen diffusers pipeline, or folder relative to the bundle.
+        encoders: "video", "image", "clip" and "text" → where the frozen encoder comes from.
+        parts: Part → keyword arguments of its class.
+        trained: False for random weights, which only show that everything runs.
+        licence: Licence of the parts.
+        base_model_licence: Licence of the base model's weights.
+        min_similarity: Below this score nothing is injected (abstention), unless a call says otherwise.
+        format: Version of this layout.
+    """
+
+    backbone: str
+    base_model: str
+    encoders: dict[str, EncoderSource]
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trained: bool = True
+    licence: str = ""
+    base_model_licence: str = ""
+    min_similarity: float | None = None
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, path: Path) -> "BundleConfig":
+        """Read `config.json`.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: If a field is missing or unknown, or the format is another.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no readable bundle config: {error}") from error
+        known = {item.name for item in fields(cls)}
+        required = {"backbone", "base_model", "encoders", "parts", "format"}
+        unknown, missing = sorted(content.keys() - known), sorted(required - content.keys())
+        if unknown or missing:
+            raise ValueError(f"{path}: missing fields: {missing or 'none'}; unknown fields: {unknown or 'none'}.")
+        if content["format"] != FORMAT:
+            raise ValueError(f"{path} has bundle format {content['format']}, this version of motionrag reads {FORMAT}.")
+        odd = sorted(content["parts"].keys() - _PARTS.keys())
+        if odd:
+            raise ValueError(f"{path} names unknown parts {odd}; known are {sorted(_PARTS)}.")
+        content["encoders"] = {name: EncoderSource(**value) for name, value in content["encoders"].items()}
+        return cls(**content)
+
+    def write(self, path: Path) -> None:
+        """Write `config.json`.
+
+        Args:
+            path: The file; replaced in one step.
+        """
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+
+def resolve(source: str | Path, **hub_options: Any) -> Path:
+    """Find the folder of a bundle.
+
+    Args:
+        source: "pocket" for the embedded default, a folder, or a hub id (downloaded: JSON, text and safetensors only).
+        hub_options: Passed to `huggingface_hub.snapshot_download`, for example `revision` or `token`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and the hub does not give it.
+    """
+    if str(source) == POCKET:
+        return Path(__file__).parent / POCKET / "weights"
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED), **hub_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{str(source)!r} is neither 'pocket', nor a folder, nor a bundle that the hub gives ({error})."
+        ) from error
+
+
+class MotionBundle:
+    """The trained parts for one backbone.
+
+    Args:
+        config: What the parts are.
+        folder: Where parts that are not given are read from.
+        unconditional_tokens: `(l d)`, motion tokens of an all-zero clip.
+        parts: "motion_resampler", "context_resampler", "cama", "motion_injection" as modules.
+    """
+
+    def __init__(
+        self,
+        config: BundleConfig,
+        *,
+        folder: Path | None = None,
+        unconditional_tokens: Tensor | None = None,
+        **parts: nn.Module,
+    ) -> None:
+        if parts.keys() - config.parts.keys():
+            raise ValueError(f"The config does not describe {sorted(parts.keys() - config.parts.keys())}.")
+        self.config = config
+        self.folder = folder
+        self._parts: dict[str, nn.Module] = {}
+        self._fingerprints: dict[str, str] = {}
+        for name, module in parts.items():
+            self._keep(name, module)
+        self._unconditional_tokens = unconditional_tokens
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path = POCKET, **hub_options: Any) -> "MotionBundle":
+        """Open a bundle; its tensors are read when they are first used.
+
+        Args:
+            source: "pocket", a folder or a hub id.
+            hub_options: Passed on to the download, for example `revision`.
+
+        Returns:
+            The bundle.
+
+        Raises:
+            FileNotFoundError: If there is no such bundle.
+            ValueError: If the config is malformed, or the folder holds files that could run code.
+        """
+        folder = resolve(source, **hub_options)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is no bundle: it has no config.json.")
+        unsafe = [file.name for file in folder.rglob("*") if file.suffix in _UNSAFE_SUFFIXES]
+        if unsafe:
+            raise ValueError(
+                f"{folder} holds files that can run code ({', '.join(unsafe[:3])}); bundles are safetensors."
+            )
+        return cls(BundleConfig.read(folder / "config.json"), folder=folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the bundle; frozen encoders and the base model are not copied.
+
+        Args:
+            folder: Made if it does not exist. Files are written aside and renamed.
+
+        Raises:
+            ValueError: If the config describes a part that this bundle cannot give.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: self._part(name).state_dict() for name in self.config.parts}
+        if self._unconditional_tokens is not None or self._file("unconditional_tokens") is not None:
+            tensors["unconditional_tokens"] = {"motion_tokens": self.unconditional_tokens}
+        for name, state in tensors.items():
+            aside = folder / f"{name}.tmp"
+            save_file({key: value.contiguous() for key, value in state.items()}, aside)
+            os.replace(aside, folder / f"{name}.safetensors")
+        self.config.write(folder / "config.json")
+
+    def push_to_hub(self, repo_id: str, **hub_options: Any) -> str:
+        """Upload the bundle.
+
+        Args:
+            repo_id: Repository on the hub; made if it does not exist.
+            hub_options: Passed to `huggingface_hub.HfApi`, for example `token` or `endpoint`.
+
+        Returns:
+            Address of the commit.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(**hub_options)
+        api.create_repo(repo_id, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
+
+    @property
+    def motion_resampler(self) -> Resampler:
+        """Video features `(b l c)` → motion tokens."""
+        return self._part("motion_resampler")  # type: ignore[return-value]
+
+    @property
+    def context_resampler(self) -> Resampler:
+        """Image features `(b l c)` → context tokens."""
+        return self._part("context_resampler")  # type: ignore[return-value]
+
+    @property
+    def cama(self) -> CAMA:
+        """Context-aware motion adaptation."""
+        return self._part("cama")  # type: ignore[return-value]
+
+    @property
+    def motion_injection(self) -> AttentionInjection:
+        """Attention adapters, not attached."""
+        return self._part("motion_injection")  # type: ignore[return-value]
+
+    @property
+    def unconditional_tokens(self) -> Tensor:
+        """Motion tokens of an all-zero clip, `(l d)` float32; they stand for "no motion given" in guidance."""
+        if self._unconditional_tokens is None:
+            self._unconditional_tokens = self._read("unconditional_tokens")["motion_tokens"].float()
+        return self._unconditional_tokens
+
+    def part_fingerprint(self, name: str) -> str:
+        """Hash of a part: its arguments and its weights as they were read or given.
+
+        Args:
+            name: For example "motion_resampler".
+
+        Returns:
+            32 hexadecimal characters; a later cast to another precision does not change it.
+        """
+        self._part(name)
+        return self._fingerprints[name]
+
+    def path_or_id(self, source: str) -> str:
+        """A source of the config as something to load from: a folder inside the bundle, or a hub id.
+
+        Args:
+            source: `base_model` or the source of an encoder.
+
+        Returns:
+            Absolute folder, or the hub id as it is.
+        """
+        inside = self.folder / source if self.folder is not None else None
+        return str(inside) if inside is not None and inside.is_dir() else source
+
+    def _part(self, name: str) -> nn.Module:
+        if name not in self._parts:
+            if name not in self.config.parts:
+                raise ValueError(f"This bundle has no {name}; it has {', '.join(self.config.parts) or 'nothing'}.")
+            module = _PARTS[name](**self.config.parts[name])
+            load_strictly(module, self._read(name), f"{self.folder}/{name}.safetensors")
+            self._keep(name, module.eval().requires_grad_(False))
+        return self._parts[name]
+
+    def _keep(self, name: str, module: nn.Module) -> None:
+        self._parts[name] = module
+        self._fingerprints[name] = fingerprint(name, self.config.parts[name], module)
+
+    def _file(self, name: str) -> Path | None:
+        file = self.folder / f"{name}.safetensors" if self.folder is not None else None
+        return file if file is not None and file.is_file() else None
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self._file(name)
+        if file is None:
+            raise ValueError(f"The bundle {self.folder or 'in memory'} lacks {name}.safetensors.")
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); fetch the bundle again.") from error
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Load a state dict in float32, refusing other keys, other shapes and non-finite values.
+
+    Args:
+        module: Filled in place.
+        state: Tensors by key, any floating dtype.
+        origin: Named in errors.
+
+    Raises:
+        ValueError: If keys or shapes differ, all of them listed, or a tensor holds NaN or infinity.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if expected != found:
+        missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        reshaped = [
+            f"{key} {found[key]}, expected {expected[key]}"
+            for key in expected.keys() & found.keys()
+            if expected[key] != found[key]
+        ]
+        raise ValueError(
+            f"{origin} does not fit {type(module).__name__}: missing: {missing or 'none'}; "
+            f"unexpected: {unexpected or 'none'}; other shapes: {sorted(reshaped) or 'none'}."
+        )
+    damaged = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if damaged:
+        raise ValueError(f"{origin} holds NaN or infinity in {', '.join(damaged)}; fetch or convert it again.")
+    module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)

@@ -1,0 +1,104 @@
+"""Ranking rows by the weighted mean of their similarities over several indexes. Arrays in, ids out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from motionrag.database.index import VectorIndex
+
+# A mixed search over approximate indexes compares this many times k candidates of every key exactly, at least these.
+_CANDIDATES_PER_RESULT = 20
+_MIN_CANDIDATES = 200
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row that a search found.
+
+    Attributes:
+        id: Identity of the row.
+        score: Weighted mean of `scores`.
+        scores: Similarity by each key of the query.
+    """
+
+    id: str
+    score: float
+    scores: dict[str, float]
+
+
+def rank(
+    indexes: Mapping[str, VectorIndex],
+    queries: Mapping[str, np.ndarray],
+    weights: Mapping[str, float],
+    k: int,
+    ids: np.ndarray | None = None,
+) -> list[Hit]:
+    """Find the k best rows.
+
+    A row that an index does not hold scores 0 on that key. With exact indexes the result is exact; a mix of keys over
+    approximate ones ranks the best candidates of each key exactly.
+
+    Args:
+        indexes: Key → index.
+        queries: Key → unit vector `(d)`, for the same keys.
+        weights: Key → weight; they sum to 1.
+        k: How many.
+        ids: `(m)` bytes; only these rows. All when None.
+
+    Returns:
+        Hits, best first; ties by id, so that the order is always the same.
+    """
+    candidates = [_candidates(indexes[key], query, k, ids, mixed=len(queries) > 1) for key, query in queries.items()]
+    found = np.unique(np.concatenate(candidates))
+    columns = {key: _scores(indexes[key], query, found) for key, query in queries.items()}
+    total = np.sum([weights[key] * column for key, column in columns.items()], axis=0)
+    best = np.lexsort((found, -total))[:k]
+    return [
+        Hit(found[row].decode(), float(total[row]), {key: float(column[row]) for key, column in columns.items()})
+        for row in best
+    ]
+
+
+def normalised_weights(weights: Mapping[str, float] | None, keys: Sequence[str]) -> dict[str, float]:
+    """Weights of the keys of a query, summing to 1.
+
+    Args:
+        weights: Key → non-negative number; equal when None.
+        keys: The keys of the query.
+
+    Returns:
+        Key → weight.
+
+    Raises:
+        ValueError: If a key has no weight, a weight has no key, or none is positive.
+    """
+    given = dict.fromkeys(keys, 1.0) if weights is None else dict(weights)
+    if given.keys() != set(keys) or sum(given.values()) <= 0 or min(given.values()) < 0:
+        raise ValueError(
+            f"weights must give a number of 0 or more to each of {', '.join(keys)}, not all 0; got {given}."
+        )
+    total = sum(given.values())
+    return {key: weight / total for key, weight in given.items()}
+
+
+def _candidates(index: VectorIndex, query: np.ndarray, k: int, ids: np.ndarray | None, *, mixed: bool) -> np.ndarray:
+    if not len(index):
+        return np.empty(0, "S32")
+    allowed = None
+    if ids is not None:
+        positions = index.positions_of(ids)
+        allowed = np.zeros(len(index), bool)
+        allowed[positions[positions >= 0]] = True
+    if mixed and index.is_exact:  # every row is compared anyway
+        return index.keys["id"][index.alive if allowed is None else index.alive & allowed]
+    wanted = max(_CANDIDATES_PER_RESULT * k, _MIN_CANDIDATES) if mixed else k
+    _, positions = index.search(query[None], wanted, allowed)
+    return index.keys["id"][positions[0]]
+
+
+def _scores(index: VectorIndex, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    positions = index.positions_of(ids)
+    scores = np.zeros(len(ids), np.float32)
+    scores[positions >= 0] = index.scores(query, positions[positions >= 0])
+    return scores

@@ -1,0 +1,385 @@
+"""The method on one page: retrieve → adapt → inject → generate.
+
+`MotionRAGPipeline` holds a diffusers pipeline; it subclasses none and changes nothing in it. Shapes: b videos,
+k references, l tokens of a clip, d width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from motionrag.adapters import AttentionInjection, InjectedEffect
+from motionrag.backbones import Backbone, backbone_of_pipeline
+from motionrag.bundle import POCKET, MotionBundle
+from motionrag.database import MotionDatabase, Reference
+from motionrag.database.database import ImageLike
+from motionrag.encoder import MotionEncoder
+from motionrag.encoders.preprocessing import image_to_tensor
+from motionrag.output import MotionRAGOutput
+
+
+class MotionRAGPipeline:
+    """Image-to-video generation with retrieved motion.
+
+    Args:
+        pipeline: A diffusers image-to-video pipeline of a known family; it stays frozen.
+        bundle: The trained parts for that family.
+        database: Where references come from: a database or its folder.
+        encoder: Encodes query images; by default the bundle's.
+
+    Raises:
+        ValueError: If the bundle was made for another family, or the pipeline's family is unknown.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        bundle: MotionBundle,
+        *,
+        database: MotionDatabase | str | Path | None = None,
+        encoder: MotionEncoder | None = None,
+    ) -> None:
+        self.backbone: Backbone = backbone_of_pipeline(type(pipeline))
+        if bundle.config.backbone != self.backbone.name:
+            raise ValueError(
+                f"The bundle was made for {bundle.config.backbone}, but {type(pipeline).__name__} is of the family "
+                f"{self.backbone.name}."
+            )
+        self.pipeline = pipeline
+        self.bundle = bundle
+        self.encoder = encoder or MotionEncoder(bundle)
+        self.injection: AttentionInjection = bundle.motion_injection
+        self.injection.attach(self._denoiser)
+        self._database: MotionDatabase | None = None
+        self.database = database  # type: ignore[assignment]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path = POCKET,
+        *,
+        bundle: MotionBundle | str | Path | None = None,
+        database: MotionDatabase | str | Path | None = None,
+        **pipeline_options: Any,
+    ) -> "MotionRAGPipeline":
+        """Load a backbone and its bundle.
+
+        Args:
+            source: "pocket", a bundle that names its base model, or, with `bundle`, a diffusers pipeline's hub id or
+                folder.
+            bundle: The trained parts: a bundle, its folder or its hub id.
+            database: A database or its folder.
+            pipeline_options: Passed to diffusers' `from_pretrained`, for example `dtype` or `variant`.
+
+        Returns:
+            The pipeline, on the CPU unless diffusers was told otherwise.
+
+        Raises:
+            FileNotFoundError: If there is no such bundle.
+            ValueError: If the base model's family is unknown.
+        """
+        import diffusers
+
+        if bundle is None:
+            bundle = MotionBundle.from_pretrained(source)
+            source = bundle.path_or_id(bundle.config.base_model)
+        elif not isinstance(bundle, MotionBundle):
+            bundle = MotionBundle.from_pretrained(bundle)
+        name = diffusers.DiffusionPipeline.load_config(str(source))["_class_name"]
+        pipeline_class = getattr(diffusers, name, None)
+        if pipeline_class is None:
+            raise ValueError(f"{source} is a {name}, which diffusers {diffusers.__version__} does not have.")
+        backbone_of_pipeline(pipeline_class)  # before gigabytes are loaded
+        if "torch_dtype" not in pipeline_options:
+            # Left alone, diffusers takes the text encoder's dtype from its file and float32 for the rest.
+            pipeline_options.setdefault("dtype", torch.float32)
+        pipeline = pipeline_class.from_pretrained(str(source), **pipeline_options)
+        return cls(pipeline, bundle, database=database)
+
+    @property
+    def database(self) -> MotionDatabase | None:
+        """Where references come from. Setting another one, or its folder, moves to another domain."""
+        return self._database
+
+    @database.setter
+    def database(self, database: MotionDatabase | str | Path | None) -> None:
+        if isinstance(database, (str, Path)):
+            database = MotionDatabase(database)
+            if database.manifest.encoder["text_encoder"] == self.encoder.text_source:
+                database = MotionDatabase(database.path, encoder=self.encoder)
+        if database is not None:
+            database.check_fingerprints(self.encoder, ["motion_tokens", "context_tokens"])
+        self._database = database
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str | Sequence[str] = "",
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_references: int = 9,
+        motion_scale: float = 1.0,
+        references: Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
+        retrieval_weights: Mapping[str, float] | None = None,
+        where: str | None = None,
+        exclude: Any = None,
+        min_similarity: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        **pipeline_options: Any,
+    ) -> MotionRAGOutput:
+        """Generate videos that start at the images and move like the retrieved references.
+
+        Images are brought to RGB with their EXIF rotation applied, then resized to the video's size as diffusers does.
+
+        Args:
+            image: PIL image, path or array, or a list of them.
+            prompt: One prompt, or one for each image. It also searches the captions.
+            negative_prompt: As in diffusers.
+            num_references: Most references for each image; 0 gives the plain backbone's video.
+            motion_scale: Strength of the injection; 0 gives the plain backbone's video.
+            references: Use these and search nothing: one list, or one for each image; best first.
+            retrieval_weights: How to search: "text" (prompt against captions) and "image" (image against first frames)
+                → weight. By default by text where there is a prompt and the database has captions, else by image.
+            where: SQL condition on the database's columns.
+            exclude: Clips or files that must not be references.
+            min_similarity: References below this score are not used; if none is left, nothing is injected and the
+                output says so. None takes the bundle's threshold; without one, every reference is used.
+            height: Pixels; None for the backbone's own.
+            width: Pixels; None for the backbone's own.
+            num_frames: Frames; None for the backbone's own.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Classifier-free guidance, off at 1; None for the backbone's default.
+            generator: Makes the result reproducible.
+            output_type: "pil", "np" or "pt".
+            pipeline_options: Passed to the diffusers pipeline, for example `callback_on_step_end`.
+
+        Returns:
+            Frames, references and the size of the injected effect.
+
+        Raises:
+            ValueError: If an argument is malformed, or motion is asked for without a database or references.
+        """
+        images, prompts = _as_batch(image, prompt)
+        is_single = not isinstance(image, (list, tuple)) and isinstance(prompt, str)
+        assert self.backbone.output_size is not None  # noqa: S101 - every family with a pipeline has it
+        height, width, num_frames = self.backbone.output_size(self.pipeline, height, width, num_frames)
+        guidance_scale = self.backbone.guidance_scale if guidance_scale is None else guidance_scale
+        pixels = [image_to_tensor(each) for each in images]
+        pictures = [_to_pil(each) for each in pixels]
+
+        wanted = motion_scale != 0 and num_references > 0
+        if not wanted:
+            found: list[list[Reference]] = [[] for _ in images]
+        elif references is not None:
+            found = _given_references(references, len(images))
+        else:
+            found = [
+                self._retrieve(picture, text, num_references, retrieval_weights, where, exclude)
+                for picture, text in zip(pictures, prompts, strict=True)
+            ]
+        threshold = self.bundle.config.min_similarity if min_similarity is None else min_similarity
+        if threshold is not None:
+            found = [[each for each in hits if each.score >= threshold] for hits in found]
+        abstained = [wanted and not hits for hits in found]
+
+        options: dict[str, Any] = {
+            **(self.backbone.call_options(self.pipeline) if self.backbone.call_options else {}),
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "generator": generator,
+            "output_type": output_type,
+            "negative_prompt": negative_prompt
+            if negative_prompt is None or isinstance(negative_prompt, str)
+            else list(negative_prompt),
+            **pipeline_options,
+        }
+        motion_tokens = self._adapt(pixels, found) if any(found) else None
+        frames, effect = self._generate(pictures, prompts, motion_tokens, found, motion_scale, options)
+        return MotionRAGOutput(
+            frames=frames,
+            references=found[0] if is_single else found,
+            abstained=abstained[0] if is_single else abstained,
+            injected_effect=effect,
+            motion_tokens=motion_tokens,
+            fps=self.backbone.fps,
+            settings={
+                "prompt": prompts[0] if is_single else prompts,
+                "negative_prompt": negative_prompt,
+                "num_references": num_references,
+                "motion_scale": motion_scale,
+                "min_similarity": threshold,
+                "height": height,
+                "width": width,
+                "num_frames": num_frames,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "seed": _seeds(generator),
+                "base_model": self.bundle.config.base_model,
+                "trained": self.bundle.config.trained,
+                "database": None if self.database is None else str(self.database.path),
+            },
+        )
+
+    def to(self, device: torch.device | str) -> "MotionRAGPipeline":
+        """Move everything to a device.
+
+        Args:
+            device: For example "cuda".
+
+        Returns:
+            This pipeline.
+        """
+        self.pipeline.to(device)
+        self.encoder.to(device)
+        return self
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the backbone's parts on the CPU and move each to the accelerator while it runs, as in diffusers.
+
+        Args:
+            args: Passed on.
+            kwargs: Passed on.
+        """
+        self.pipeline.enable_model_cpu_offload(*args, **kwargs)
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the parts, as JSON values.
+
+        Returns:
+            Backbone, sites, parameter counts, database, and the licence of every weight that is used.
+        """
+        config = self.bundle.config
+        return {
+            "backbone": self.backbone.name,
+            "base_model": config.base_model,
+            "trained": config.trained,
+            "injection_sites": len(self.injection.sites),
+            "injection_parameters": sum(parameter.numel() for parameter in self.injection.parameters()),
+            "backbone_parameters": sum(parameter.numel() for parameter in self._denoiser.parameters()),
+            "database": None if self.database is None else self.database.info(),
+            "licences": {
+                "bundle": config.licence,
+                config.base_model: config.base_model_licence,
+                **self.encoder.licences(),
+            },
+        }
+
+    @property
+    def _denoiser(self) -> Any:
+        return getattr(self.pipeline, self.backbone.denoiser)
+
+    def _retrieve(
+        self,
+        picture: Image.Image,
+        prompt: str,
+        k: int,
+        weights: Mapping[str, float] | None,
+        where: str | None,
+        exclude: Any,
+    ) -> list[Reference]:
+        """References for one image, best first."""
+        if self.database is None:
+            raise ValueError(
+                "There is no database to retrieve motion from: set pipe.database = 'FOLDER', pass references=…, "
+                "or ask for the plain backbone with num_references=0."
+            )
+        if weights is None:
+            by_text = bool(prompt.strip()) and self.database.has_captions
+            weights = {"text": 1.0} if by_text else {"image": 1.0}
+        unknown = weights.keys() - {"text", "image"}
+        if unknown:
+            raise ValueError(f"retrieval_weights knows 'text' and 'image', got {sorted(unknown)}.")
+        return self.database.search(
+            text=prompt if "text" in weights else None,
+            image=picture if "image" in weights else None,
+            k=k,
+            where=where,
+            weights=weights,
+            exclude=exclude,
+        )
+
+    def _adapt(self, pixels: Sequence[Tensor], found: Sequence[Sequence[Reference]]) -> Tensor:
+        """Motion tokens `(b l d)` for the images: CAMA on their references; unconditional where there are none."""
+        cama = self.bundle.cama.to(self.encoder.device)
+        query_contexts = self.encoder.encode_context(pixels)
+        predictions = []
+        for query_context, hits in zip(query_contexts, found, strict=True):
+            if not hits:
+                predictions.append(self.bundle.unconditional_tokens)
+                continue
+            ascending = hits[::-1]  # the most similar goes last, right before the query
+            reference_tokens = torch.stack([hit.motion_tokens for hit in ascending])
+            context_tokens = torch.stack([*(hit.context_tokens for hit in ascending), query_context])
+            device = self.encoder.device
+            predictions.append(
+                cama.predict(reference_tokens[None].to(device), context_tokens[None].to(device))[0].cpu()
+            )
+        return torch.stack(predictions)
+
+    def _generate(
+        self,
+        pictures: list[Image.Image],
+        prompts: list[str],
+        motion_tokens: Tensor | None,
+        found: Sequence[Sequence[Reference]],
+        motion_scale: float,
+        options: Mapping[str, Any],
+    ) -> tuple[Any, InjectedEffect]:
+        """Run the diffusers pipeline, with the injection switched on for this call alone."""
+        # A single image goes in alone, so that diffusers' own rules for it apply.
+        call = {"image": pictures if len(pictures) > 1 else pictures[0], "prompt": prompts, **options}
+        if motion_tokens is None:
+            return self.pipeline(**call).frames, InjectedEffect(mean=0.0, per_site={})
+        self.injection.reattach()
+        device: torch.device = self.pipeline._execution_device
+        self.injection.to(device=device, dtype=self._denoiser.dtype)
+        scale = torch.tensor([motion_scale if hits else 0.0 for hits in found])
+        if options["guidance_scale"] > 1:  # one batch of both passes, the unconditional rows first
+            unconditional = self.bundle.unconditional_tokens.expand_as(motion_tokens)
+            motion_tokens, scale = torch.cat([unconditional, motion_tokens]), scale.repeat(2)
+        with self.injection.condition(motion_tokens.to(device), scale=scale.to(device)) as condition:
+            frames = self.pipeline(**call).frames
+            return frames, condition.effect()
+
+
+def _as_batch(image: Any, prompt: str | Sequence[str]) -> tuple[list[Any], list[str]]:
+    """One image for every prompt and one prompt for every image."""
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    size = max(len(images), len(prompts))
+    if not images or not prompts or {len(images), len(prompts)} - {1, size}:
+        raise ValueError(f"Got {len(images)} images and {len(prompts)} prompts; pass one, or as many of each.")
+    return (images * size if len(images) == 1 else images), (prompts * size if len(prompts) == 1 else prompts)
+
+
+def _given_references(references: Sequence[Any], batch: int) -> list[list[Reference]]:
+    nested = [list(references)] * batch if isinstance(references[0], Reference) else [list(hits) for hits in references]
+    if len(nested) != batch:
+        raise ValueError(f"Got references for {len(nested)} images, but there are {batch}.")
+    return nested
+
+
+def _to_pil(pixels: Tensor) -> Image.Image:
+    """`(c h w)` in [-1, 1] as an 8-bit picture."""
+    array = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(array.permute(1, 2, 0).numpy())
+
+
+def _seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int] | None:
+    if generator is None:
+        return None
+    return [each.initial_seed() for each in generator] if isinstance(generator, list) else generator.initial_seed()
