@@ -78,7 +78,10 @@ class VectorIndex:
         """Train and fill an index, and measure its recall.
 
         Approximate kinds visit as many lists, or keep as many candidates, as it takes to find 98 % of the 9 nearest of
-        400 stored vectors. Measured by benchmarks/search.py on vectors that are not stored: RECALL_TABLE
+        400 stored vectors. On queries that are not stored, benchmarks/search.py measured for 200 000 vectors in
+        overlapping groups a recall@9 of 0.983 (width 128, 4 of 1024 lists) and 0.981 (width 512, 3 lists). Vectors
+        without any structure cannot be indexed: there all lists are visited, and the recall is 1. Queries unlike
+        everything stored (text against images) can fall below what was measured.
 
         Args:
             vectors: (n, d) float32, finite, L2-normalised.
