@@ -94,8 +94,10 @@ class BundleConfig:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"{path} is no readable bundle config: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no bundle config: expected an object of fields, got {type(content).__name__}.")
         known = {item.name for item in fields(cls)}
         required = {"backbone", "base_model", "encoders", "parts", "format"}
         unknown, missing = sorted(content.keys() - known), sorted(required - content.keys())
@@ -106,7 +108,10 @@ class BundleConfig:
         odd = sorted(content["parts"].keys() - _PARTS.keys())
         if odd:
             raise ValueError(f"{path} names unknown parts {odd}; known are {sorted(_PARTS)}.")
-        content["encoders"] = {name: EncoderSource(**value) for name, value in content["encoders"].items()}
+        try:
+            content["encoders"] = {name: EncoderSource(**value) for name, value in content["encoders"].items()}
+        except TypeError as error:
+            raise ValueError(f"{path} describes an encoder wrongly: {error}") from error
         return cls(**content)
 
     def write(self, path: Path) -> None:
@@ -195,7 +200,7 @@ class MotionBundle:
         folder = resolve(source, **hub_options)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is no bundle: it has no config.json.")
-        unsafe = [file.name for file in folder.rglob("*") if file.suffix in _UNSAFE_SUFFIXES]
+        unsafe = [file.name for file in folder.rglob("*") if file.suffix.lower() in _UNSAFE_SUFFIXES]
         if unsafe:
             raise ValueError(
                 f"{folder} holds files that can run code ({', '.join(unsafe[:3])}); bundles are safetensors."
@@ -203,14 +208,17 @@ class MotionBundle:
         return cls(BundleConfig.read(folder / "config.json"), folder=folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the bundle; frozen encoders and the base model are not copied.
+        """Write the bundle, in the precision that its parts have now; encoders and base model are not copied.
 
         Args:
-            folder: Made if it does not exist. Files are written aside and renamed.
+            folder: Made if it does not exist; parts of another bundle in it are replaced. Everything is written aside
+                first, then renamed, so that an error or a kill leaves no half file.
 
         Raises:
             ValueError: If the config describes a part that this bundle cannot give.
         """
+        import tempfile
+
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -218,11 +226,16 @@ class MotionBundle:
         tensors = {name: self._part(name).state_dict() for name in self.config.parts}
         if self._unconditional_tokens is not None or self._file("unconditional_tokens") is not None:
             tensors["unconditional_tokens"] = {"motion_tokens": self.unconditional_tokens}
-        for name, state in tensors.items():
-            aside = folder / f"{name}.tmp"
-            save_file({key: value.contiguous() for key, value in state.items()}, aside)
-            os.replace(aside, folder / f"{name}.safetensors")
-        self.config.write(folder / "config.json")
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+            for name, state in tensors.items():
+                save_file({key: value.contiguous() for key, value in state.items()}, Path(aside, f"{name}.safetensors"))
+            self.config.write(Path(aside, "config.json"))
+            for name in (*_PARTS, "unconditional_tokens"):
+                if name in tensors:
+                    os.replace(Path(aside, f"{name}.safetensors"), folder / f"{name}.safetensors")
+                else:
+                    (folder / f"{name}.safetensors").unlink(missing_ok=True)
+            os.replace(Path(aside, "config.json"), folder / "config.json")
 
     def push_to_hub(self, repo_id: str, **hub_options: Any) -> str:
         """Upload the bundle.
@@ -243,6 +256,26 @@ class MotionBundle:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the bundle, as JSON values.
+
+        Returns:
+            Family, base model, parts, and the licence of every weight that it pulls.
+        """
+        config = self.config
+        return {
+            "bundle": str(self.folder or "in memory"),
+            "backbone": config.backbone,
+            "base_model": config.base_model,
+            "trained": config.trained,
+            "parts": sorted(config.parts),
+            "licences": {
+                "bundle": config.licence,
+                config.base_model: config.base_model_licence,
+                **{entry.source: entry.licence for entry in config.encoders.values()},
+            },
+        }
 
     @property
     def motion_resampler(self) -> Resampler:
@@ -268,7 +301,14 @@ class MotionBundle:
     def unconditional_tokens(self) -> Tensor:
         """Motion tokens of an all-zero clip, `(l d)` float32; they stand for "no motion given" in guidance."""
         if self._unconditional_tokens is None:
-            self._unconditional_tokens = self._read("unconditional_tokens")["motion_tokens"].float()
+            state = self._read("unconditional_tokens")
+            tokens = state.get("motion_tokens")
+            if tokens is None or len(state) != 1 or tokens.ndim != 2 or not torch.isfinite(tokens).all():
+                raise ValueError(
+                    f"{self.folder}/unconditional_tokens.safetensors must hold one finite (tokens, channels) tensor "
+                    "'motion_tokens' and nothing else; fetch the bundle again."
+                )
+            self._unconditional_tokens = tokens.float()
         return self._unconditional_tokens
 
     def part_fingerprint(self, name: str) -> str:
@@ -292,14 +332,19 @@ class MotionBundle:
         Returns:
             Absolute folder, or the hub id as it is.
         """
-        inside = self.folder / source if self.folder is not None else None
-        return str(inside) if inside is not None and inside.is_dir() else source
+        if self.folder is None:
+            return source
+        inside = (self.folder / source).resolve()
+        return str(inside) if inside.is_dir() and inside.is_relative_to(self.folder.resolve()) else source
 
     def _part(self, name: str) -> nn.Module:
         if name not in self._parts:
             if name not in self.config.parts:
                 raise ValueError(f"This bundle has no {name}; it has {', '.join(self.config.parts) or 'nothing'}.")
-            module = _PARTS[name](**self.config.parts[name])
+            try:
+                module = _PARTS[name](**self.config.parts[name])
+            except TypeError as error:
+                raise ValueError(f"{self.folder}/config.json describes {name} wrongly: {error}") from error
             load_strictly(module, self._read(name), f"{self.folder}/{name}.safetensors")
             self._keep(name, module.eval().requires_grad_(False))
         return self._parts[name]

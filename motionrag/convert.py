@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ _RESAMPLER_KEYS = (
 # A resampler inside a larger published file stands under one of these.
 _RESAMPLER_PREFIXES = (
     "condition_transformer.vision_proj.",
+    "condition_transformer.condition_proj.",
     "action_proj_model.",
     "vision_proj.",
     "condition_proj.",
@@ -50,18 +52,29 @@ def load_published(path: str | Path) -> StateDict:
         A flat state dict with the published names; wrappers (`state_dict`, `{'module': {'module.…'}}`) are removed.
 
     Raises:
-        ValueError: If the file holds no state dict.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, would run code, or holds no state dict.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds, among them pickle's own
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: it is damaged, or it is a pickle that would run code ({error})."
+        ) from error
     for wrapper in ("state_dict", "module"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise ValueError(
             f"{path} holds no state dict: expected tensors by name, optionally under 'state_dict' or 'module'."
         )
@@ -137,13 +150,13 @@ def cama(state: Mapping[str, Tensor], *, sos_token: Tensor | None = None) -> dic
     rest = {key: value for key, value in rest.items() if key not in encoders}
 
     token = rest.pop("sos_token", sos_token)
+    missing = [name for name, part in (("transformer.*", transformer), ("condition_proj.*", context)) if not part]
+    _refuse("condition transformer", unknown=rest, missing=missing)
     if token is None:
         raise ValueError(
             "The checkpoint holds no 'sos_token' (the published training does not save it); "
             "pass sos_token=…, for example torch.zeros(25, 1024), to choose one."
         )
-    missing = [name for name, part in (("transformer.*", transformer), ("condition_proj.*", context)) if not part]
-    _refuse("condition transformer", unknown=rest, missing=missing)
     converted = {
         "cama": {
             "sos_token": token.reshape(token.shape[-2:]),
@@ -173,11 +186,12 @@ def injection(state: Mapping[str, Tensor], backbone: str) -> StateDict:
     if backbone not in BACKBONES:
         raise ValueError(f"Unknown backbone {backbone!r}; known are {', '.join(BACKBONES)}.")
     prefix = BACKBONES[backbone].published_prefix
+    other_prefixes = tuple({each.published_prefix for each in BACKBONES.values()} - {prefix})
     converted: StateDict = {}
     known_parts, unknown = [], []
     for key, value in state.items():
         match = _ADAPTER_KEY.fullmatch(key.removeprefix(prefix))
-        if match:
+        if match and not key.startswith(other_prefixes):
             site = f"{match['attention']}to_out.0".replace(".", "/")
             converted[f"sites.{site}.{match['projection']}.weight"] = value
         elif key.startswith(("action_proj_model.", "condition_transformer.")) or (

@@ -101,7 +101,13 @@ class MotionEncoder:
             FileNotFoundError: If there is no such bundle.
         """
         bundle = MotionBundle.from_pretrained(source, **hub_options)
-        return cls(bundle, text_encoder=None if text_encoder is None else str(text_encoder), device=device, dtype=dtype)
+        return cls(
+            bundle,
+            source=_lasting(source),
+            text_encoder=None if text_encoder is None else _lasting(text_encoder),
+            device=device,
+            dtype=dtype,
+        )
 
     @cached_property
     def video_encoder(self) -> VideoMAEEncoder:
@@ -264,14 +270,6 @@ class MotionEncoder:
             if isinstance(part, nn.Module):
                 part.to(self.device)
         return self
-
-    def licences(self) -> dict[str, str]:
-        """Licences of the weights behind this encoder.
-
-        Returns:
-            Source → licence; empty where the bundle does not say.
-        """
-        return {entry.source: entry.licence for entry in self.bundle.config.encoders.values()}
 
     def _entry(self, name: str) -> EncoderSource:
         try:

@@ -1,6 +1,8 @@
 """What a generation returns, and how it is written to disk."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from einops import rearrange
 from motionrag.adapters import InjectedEffect
 from motionrag.database import Reference
 from motionrag.video import write_video
+
+# Settings that a batch may give for every video.
+_PER_VIDEO = ("prompt", "negative_prompt", "seed")
 
 
 @dataclass
@@ -55,7 +60,8 @@ class MotionRAGOutput:
         files = [path] if len(videos) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(videos))]
         for index, (file, video) in enumerate(zip(files, videos, strict=True)):
             write_video(file, video, self.fps)
-            file.with_suffix(".json").write_text(json.dumps(self.to_dict(index), indent=2, ensure_ascii=False) + "\n")
+            content = json.dumps(self.to_dict(index), indent=2, ensure_ascii=False, allow_nan=False)
+            file.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
         return files
 
     def to_dict(self, index: int = 0) -> dict[str, Any]:
@@ -70,16 +76,28 @@ class MotionRAGOutput:
         batched = isinstance(self.abstained, list)
         references = self.references[index] if batched else self.references
         settings = {
-            name: value[index] if name in ("prompt", "seed") and isinstance(value, list) else value
+            name: value[index] if name in _PER_VIDEO and isinstance(value, (list, tuple)) else value
             for name, value in self.settings.items()
         }
-        return {
+        content = {
             **settings,
             "fps": self.fps,
             "abstained": self.abstained[index] if isinstance(self.abstained, list) else self.abstained,
             "references": [reference.to_dict() for reference in references],  # type: ignore[union-attr]
             "injected_effect": {"mean": self.injected_effect.mean, "per_site": self.injected_effect.per_site},
         }
+        return {name: _json_value(value) for name, value in content.items()}
+
+
+def _json_value(value: Any) -> Any:
+    """The value with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {str(name): _json_value(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_uint8(video: Any) -> np.ndarray:

@@ -52,10 +52,10 @@ class MotionRAGPipeline:
         self.pipeline = pipeline
         self.bundle = bundle
         self.encoder = encoder or MotionEncoder(bundle)
-        self.injection: AttentionInjection = bundle.motion_injection
-        self.injection.attach(self._denoiser)
         self._database: MotionDatabase | None = None
         self.database = database  # type: ignore[assignment]
+        self.injection: AttentionInjection = bundle.motion_injection
+        self.injection.attach(self._denoiser)  # last: a refused argument leaves no hook behind
 
     @classmethod
     def from_pretrained(
@@ -178,6 +178,8 @@ class MotionRAGPipeline:
         pixels = [image_to_tensor(each) for each in images]
         pictures = [_to_pil(each) for each in pixels]
 
+        if num_references < 0:
+            raise ValueError(f"num_references must be 0 or more, got {num_references}.")
         wanted = motion_scale != 0 and num_references > 0
         if not wanted:
             found: list[list[Reference]] = [[] for _ in images]
@@ -262,20 +264,12 @@ class MotionRAGPipeline:
         Returns:
             Backbone, sites, parameter counts, database, and the licence of every weight that is used.
         """
-        config = self.bundle.config
         return {
-            "backbone": self.backbone.name,
-            "base_model": config.base_model,
-            "trained": config.trained,
+            **self.bundle.info(),
             "injection_sites": len(self.injection.sites),
             "injection_parameters": sum(parameter.numel() for parameter in self.injection.parameters()),
             "backbone_parameters": sum(parameter.numel() for parameter in self._denoiser.parameters()),
             "database": None if self.database is None else self.database.info(),
-            "licences": {
-                "bundle": config.licence,
-                config.base_model: config.base_model_licence,
-                **self.encoder.licences(),
-            },
         }
 
     @property
@@ -344,7 +338,7 @@ class MotionRAGPipeline:
         call = {"image": pictures if len(pictures) > 1 else pictures[0], "prompt": prompts, **options}
         if motion_tokens is None:
             return self.pipeline(**call).frames, InjectedEffect(mean=0.0, per_site={})
-        self.injection.reattach()
+        self.injection.reattach(self._denoiser)  # LoRA may have come or gone, the denoiser may be another
         device: torch.device = self.pipeline._execution_device
         self.injection.to(device=device, dtype=self._denoiser.dtype)
         scale = torch.tensor([motion_scale if hits else 0.0 for hits in found])
@@ -367,7 +361,8 @@ def _as_batch(image: Any, prompt: str | Sequence[str]) -> tuple[list[Any], list[
 
 
 def _given_references(references: Sequence[Any], batch: int) -> list[list[Reference]]:
-    nested = [list(references)] * batch if isinstance(references[0], Reference) else [list(hits) for hits in references]
+    is_flat = all(isinstance(each, Reference) for each in references)
+    nested = [list(references)] * batch if is_flat else [list(hits) for hits in references]
     if len(nested) != batch:
         raise ValueError(f"Got references for {len(nested)} images, but there are {batch}.")
     return nested

@@ -200,17 +200,24 @@ class AttentionInjection(nn.Module):
                 )
         self._attachment.attach(model, {site: partial(self._inject, site) for site in self.site_names})
 
-    def reattach(self) -> None:
+    def reattach(self, model: nn.Module | None = None) -> None:
         """Move the adapter to the layers that stand at its sites now, after LoRA or the like has wrapped them.
 
+        Args:
+            model: Another model to move to; None stays with this one.
+
         Raises:
-            RuntimeError: If the adapter is not attached.
+            RuntimeError: If the adapter is not attached, or carries a condition that another call is using.
+            ValueError: If a site is missing now or has another width; the adapter is detached then.
         """
-        model = self._attachment.model
-        if model is None:
+        current = self._attachment.model
+        if current is None:
             raise RuntimeError("The adapter is not attached to a model; call attach(model).")
-        self.detach()
-        self.attach(model)
+        self._refuse_second_condition()
+        model = current if model is None else model
+        if model is not current or self._attachment.is_bypassed():
+            self.detach()
+            self.attach(model)
 
     def detach(self) -> None:
         """Take the adapter away; the model is as before, bit for bit."""
@@ -232,36 +239,41 @@ class AttentionInjection(nn.Module):
         Yields:
             The condition; its `effect()` tells how much was injected.
         """
-        self.set_condition(tokens, scale)
+        condition = self.set_condition(tokens, scale)
         try:
-            yield self._require_condition()
+            yield condition
         finally:
             self.clear_condition()
 
-    def set_condition(self, tokens: Tensor, scale: float | Tensor = 1.0) -> None:
+    def set_condition(self, tokens: Tensor, scale: float | Tensor = 1.0) -> Condition:
         """Inject motion tokens into every following call, until `clear_condition`.
 
         Args:
             tokens: As in `condition`.
             scale: As in `condition`.
 
+        Returns:
+            The condition; its `effect()` tells how much was injected.
+
         Raises:
             RuntimeError: If the adapter is not attached, was bypassed since, or has a condition already.
             ValueError: If the tokens or the scale have a wrong shape or hold NaN or infinity.
         """
         self._attachment.check()
-        if self._condition is not None:
-            raise RuntimeError("The adapter already carries a condition: another call is using it. Clear it first.")
-        if tokens.ndim != 3 or tokens.shape[-1] != self.token_dim:
+        self._refuse_second_condition()
+        if tokens.ndim != 3 or tokens.shape[-1] != self.token_dim or tokens.numel() == 0:
             raise ValueError(f"Motion tokens must be (b, l, {self.token_dim}), got {tuple(tokens.shape)}.")
         if not torch.isfinite(tokens).all():
             raise ValueError("The motion tokens hold NaN or infinity; reindex the database that they come from.")
         if isinstance(scale, Tensor) and scale.shape != tokens.shape[:1]:
             raise ValueError(f"A scale per row must be ({tokens.shape[0]},), got {tuple(scale.shape)}.")
+        if not torch.isfinite(torch.as_tensor(scale)).all():
+            raise ValueError(f"The scale of the injection must be finite, got {scale}.")
         condition = Condition(tokens=tokens, scale=scale)
         if not torch.is_grad_enabled() and not condition.is_off:
             condition.keys_values = {site: self._adapter(site).keys_values(tokens) for site in self.site_names}
         self._condition = condition
+        return condition
 
     def clear_condition(self) -> None:
         """Stop injecting. Does nothing when no condition is set."""
@@ -270,10 +282,9 @@ class AttentionInjection(nn.Module):
     def _adapter(self, site: str) -> MotionAttention:
         return self.sites[site.replace(".", "/")]  # type: ignore[return-value]
 
-    def _require_condition(self) -> Condition:
-        if self._condition is None:
-            raise RuntimeError("No condition is set.")
-        return self._condition
+    def _refuse_second_condition(self) -> None:
+        if self._condition is not None:
+            raise RuntimeError("The adapter already carries a condition: another call is using it. Clear it first.")
 
     def _inject(self, site: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the output projection: add the motion term to its input."""

@@ -5,10 +5,12 @@ quantisation and offloading are untouched, and removing them gives back bit-iden
 block, they are simply not called when a cache skips it.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -55,7 +57,7 @@ class Attachment:
         return self._model
 
     def attach(self, model: nn.Module, hooks: Mapping[str, InputHook]) -> None:
-        """Place a hook in front of every named leaf; on an error none stays.
+        """Place a hook in front of every named leaf; on an error none stays. Compiled models are compiled anew.
 
         Args:
             model: The backbone's denoiser.
@@ -70,12 +72,21 @@ class Attachment:
         leaves = {site: leaf(model, site) for site in hooks}
         self._handles = [leaves[site].register_forward_pre_hook(hook) for site, hook in hooks.items()]
         self._leaves, self._model = leaves, model
+        if "torch._dynamo" in sys.modules:
+            # Code that was compiled before does not look for new hooks: it would run on without them.
+            torch.compiler.reset()
 
     def detach(self) -> None:
         """Take all hooks away. Does nothing when there are none."""
         for handle in self._handles:
             handle.remove()
         self._model, self._leaves, self._handles = None, {}, []
+
+    def is_bypassed(self) -> bool:
+        """Tell whether the model calls other layers now than those that carry the hooks."""
+        return self._model is not None and any(
+            leaf(self._model, site) is not layer for site, layer in self._leaves.items()
+        )
 
     def check(self) -> None:
         """Make sure that every hook still sits in front of the leaf that the model calls.

@@ -46,4 +46,6 @@ class Backbone:
         Returns:
             Paths such as `transformer_blocks.0.attn1.to_out.0`.
         """
-        return [path for path, _ in model.named_modules() if self.injection_sites.fullmatch(path)]
+        # torch.compile wraps a module, but finds what is inside under the old name too.
+        paths = (path.replace("_orig_mod.", "") for path, _ in model.named_modules())
+        return [path for path in paths if self.injection_sites.fullmatch(path)]

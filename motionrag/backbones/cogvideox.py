@@ -30,8 +30,9 @@ def output_size(pipeline: Any, height: int | None, width: int | None, num_frames
     config = pipeline.transformer.config
     spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
     own_height, own_width = config.sample_height * spatial, config.sample_width * spatial
-    height, width = height or own_height, width or own_width
-    num_frames = num_frames or config.sample_frames
+    height = own_height if height is None else height
+    width = own_width if width is None else width
+    num_frames = config.sample_frames if num_frames is None else num_frames
 
     step = spatial * config.patch_size
     nearest = (max(step, round(height / step) * step), max(step, round(width / step) * step))

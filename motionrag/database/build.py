@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from motionrag.database.schema import (
 )
 from motionrag.database.sources import Failure, Listing, plain_metadata
 from motionrag.database.table import ClipTable
-from motionrag.decoding import decode_clips
+from motionrag.decoding import decode_clips, read_clip_in_worker
 from motionrag.encoder import MotionEncoder
 from motionrag.video import Clip, DecodedClip, VideoError
 
@@ -115,6 +116,7 @@ def add_clips(
     table: ClipTable,
     encoder: MotionEncoder,
     failures: FailureLog,
+    reader: str,
     strict: bool,
     dry_run: bool,
     progress: bool,
@@ -128,6 +130,7 @@ def add_clips(
         table: Written to; the caller holds the lock.
         encoder: Makes tokens and embeddings.
         failures: Files that failed before; written to.
+        reader: How to decode; by name.
         strict: Stop at the first clip that cannot be read.
         dry_run: Compare only.
         progress: Show a progress bar on a terminal.
@@ -162,6 +165,7 @@ def add_clips(
         num_frames=encoder.num_frames if plan.jobs else 16,
         num_workers=num_workers,
         timeout_s=timeout_s,
+        decode=partial(read_clip_in_worker, reader=reader),
     )
     try:
         for batch in _batches(plan.jobs, results, progress=progress):

@@ -188,6 +188,7 @@ class MotionDatabase:
         captions: str | Path | None = None,
         video_column: str | None = None,
         caption_column: str | None = None,
+        reader: str = "auto",
         strict: bool = False,
         dry_run: bool = False,
         progress: bool = True,
@@ -204,6 +205,7 @@ class MotionDatabase:
             captions: A manifest with captions for the folder `source`.
             video_column: Column of the manifest that names the file; None looks for the usual names.
             caption_column: Column that holds the caption; None looks for the usual names.
+            reader: How to decode, as for `motionrag.video.read_clip`.
             strict: Stop at the first clip that cannot be read.
             dry_run: Say what would be done; decode and write nothing.
             progress: Show a progress bar on a terminal.
@@ -229,6 +231,7 @@ class MotionDatabase:
                 table=self._table,
                 encoder=self.encoder,
                 failures=FailureLog(self.path),
+                reader=reader,
                 strict=strict,
                 dry_run=dry_run,
                 progress=progress,

@@ -1,0 +1,374 @@
+"""The command line: typed functions, each a thin call into the Python API. `--help` of each shows an example.
+
+Results go to standard output, progress and warnings to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from motionrag.database import Reference
+
+app = typer.Typer(
+    name="motionrag",
+    help="Motion-retrieval-augmented image-to-video generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Put --debug anywhere to see the traceback of an error.",
+)
+
+AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DatabasePath = Annotated[Path, typer.Argument(help="Folder of the database.", metavar="DB")]
+
+
+class Offload(str, Enum):
+    """Where the backbone's parts wait while they do not run."""
+
+    none = "none"
+    model = "model"
+    sequential = "sequential"
+
+
+class Precision(str, Enum):
+    """Working precision of the backbone."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command(epilog="Example: motionrag index clips/ --captions clips/clips.csv --out db/sports")
+def index(
+    source: Annotated[Path, typer.Argument(help="Folder, manifest (.csv .tsv .jsonl .parquet) or video.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the database; made if it does not exist.")],
+    captions: Annotated[Path | None, typer.Option(help="Manifest with captions for the folder.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Bundle: 'pocket', a folder or a hub id. Default: the database's own, or pocket.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Sentence encoder for retrieval by text, in place of the bundle's.")
+    ] = None,
+    video_column: Annotated[str | None, typer.Option(help="Column that names the file.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column that holds the caption.")] = None,
+    reader: Annotated[str, typer.Option(help="Video reader: auto (PyAV), pyav, decord or torchcodec.")] = "auto",
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding processes. Default: by the cores.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Longest time for one clip, in seconds.")] = None,
+    device: Annotated[str, typer.Option(help="Where the encoders run.")] = "cpu",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first clip that cannot be read.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Add clips to a database. The same command again continues where a killed run stopped."""
+    from motionrag.database import AddReport, MotionDatabase
+    from motionrag.database.sources import list_clips
+    from motionrag.encoder import MotionEncoder
+
+    exists = (out / "manifest.json").exists()
+    if dry_run and not exists:
+        listing = list_clips(source, captions=captions, video_column=video_column, caption_column=caption_column)
+        report = AddReport(listing.convention, added=len(listing.clips), failed=listing.failures, dry_run=True)
+        total = 0
+    else:
+        chosen = None
+        if encoder is not None or text_encoder is not None or not exists:
+            chosen = MotionEncoder.from_pretrained(encoder or "pocket", text_encoder=text_encoder, device=device)
+        if exists or chosen is None:
+            database = MotionDatabase(out, encoder=chosen)
+            database.encoder.to(device)
+        else:
+            database = MotionDatabase.create(out, encoder=chosen)
+        report = database.add(
+            source,
+            captions=captions,
+            video_column=video_column,
+            caption_column=caption_column,
+            reader=reader,
+            num_workers=workers,
+            timeout_s=timeout,
+            strict=strict,
+            dry_run=dry_run,
+        )
+        total = len(database)
+    if as_json:
+        _print_json({"database": str(out), **report.to_dict(), "total": total})
+        return
+    print(f"Took {source} for: {report.convention}")
+    print(f"{'Would be' if dry_run else 'Done'}: {report}")
+    if not dry_run:
+        print(f"{out} holds {total} clips. Search it: motionrag search {out} --text '…'")
+
+
+@app.command(epilog="Example: motionrag search db/sports --text 'a person rides a bicycle' -k 5 --where \"fps >= 8\"")
+def search(
+    database: DatabasePath,
+    text: Annotated[str | None, typer.Option(help="Compared with the captions.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Compared with the first frames.")] = None,
+    motion: Annotated[Path | None, typer.Option(help="A video; compared with the clips' motion.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 9,
+    where: Annotated[str | None, typer.Option(help="SQL condition on the columns.")] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="text=0.7; repeat for image and motion.")] = None,
+    exclude: Annotated[list[Path] | None, typer.Option(help="A file that must not come back; repeatable.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Find clips by a description, an image, a motion, or a mix of them."""
+    from motionrag.database import MotionDatabase
+    from motionrag.video import Clip
+
+    if text is None and image is None and motion is None:
+        raise typer.BadParameter("pass --text, --image or --motion")
+    hits = MotionDatabase(database).search(
+        text=text,
+        image=image,
+        motion=None if motion is None else Clip(str(motion)),
+        k=k,
+        where=where,
+        weights=_weights(weight),
+        exclude=exclude,
+    )
+    if as_json:
+        found = [hit.to_dict() for hit in hits]
+        _print_json({"database": str(database), "requested": k, "references": found})
+    else:
+        _print_references(hits)
+
+
+@app.command(epilog="Example: motionrag generate dog.png --prompt 'a dog runs' --database db/sports --out dog.mp4")
+def generate(
+    image: Annotated[Path, typer.Argument(help="The first frame.")],
+    out: Annotated[Path, typer.Option("--out", help="The video, .mp4 or .gif; a JSON file is written beside it.")],
+    prompt: Annotated[str, typer.Option(help="What should happen; also searches the captions.")] = "",
+    negative_prompt: Annotated[str | None, typer.Option(help="What should not happen.")] = None,
+    database: Annotated[Path | None, typer.Option(help="Where motion is retrieved from.")] = None,
+    backbone: Annotated[str, typer.Option(help="'pocket', a bundle, or with --bundle a diffusers model.")] = "pocket",
+    bundle: Annotated[str | None, typer.Option(help="Trained parts for the backbone: folder or hub id.")] = None,
+    references: Annotated[int, typer.Option(min=0, help="Most references; 0 for the plain backbone.")] = 9,
+    scale: Annotated[float, typer.Option(help="Strength of the injected motion.")] = 1.0,
+    min_similarity: Annotated[float | None, typer.Option(help="Inject nothing below this similarity.")] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition on the database's columns.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    dtype: Annotated[Precision, typer.Option(help="Working precision of the backbone.")] = Precision.float32,
+    offload: Annotated[Offload, typer.Option(help="Save accelerator memory.")] = Offload.none,
+    as_json: AsJSON = False,
+) -> None:
+    """Generate a video from an image, with motion retrieved from a database."""
+    import torch
+
+    from motionrag.pipeline import MotionRAGPipeline
+
+    _hide_loading_bars()
+    pipe = MotionRAGPipeline.from_pretrained(
+        backbone, bundle=bundle, database=database, dtype=getattr(torch, dtype.value)
+    )
+    if offload is Offload.model:
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload is Offload.sequential:
+        pipe.pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    output = pipe(
+        image,
+        prompt,
+        negative_prompt=negative_prompt,
+        num_references=references,
+        motion_scale=scale,
+        min_similarity=min_similarity,
+        where=where,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_frames=frames,
+        height=height,
+        width=width,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    [video] = output.save(out)
+    if as_json:
+        _print_json({"video": str(video), **output.to_dict()})
+        return
+    _print_references(output.references)  # type: ignore[arg-type] # one image: one list
+    if output.abstained:
+        print("No clip was similar enough: this is the plain backbone's video.")
+    print(f"Injected effect: {output.injected_effect.mean:.3f} of the attention's output. Written: {video}")
+    if not pipe.bundle.config.trained:
+        print("These weights are untrained: the video shows that everything runs, no more.", file=sys.stderr)
+
+
+@app.command(epilog="Example: motionrag info db/sports")
+def info(
+    target: Annotated[
+        str | None, typer.Argument(help="Database or bundle; without it, the versions of what is installed.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Describe a database, a bundle, or this installation."""
+    facts = _describe(target)
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name:14} {value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)}")
+
+
+@app.command(epilog="Example: motionrag verify db/sports")
+def verify(
+    database: DatabasePath,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not read vectors or compare checksums.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Look for damage in a database. Exit code 1 if any is found."""
+    from motionrag.database import MotionDatabase
+
+    findings = MotionDatabase(database).verify(deep=not quick)
+    if as_json:
+        _print_json({"database": str(database), "ok": not findings, "findings": findings})
+    else:
+        for finding in findings:
+            print(finding)
+        print(f"{len(findings)} findings in {database}" if findings else f"{database} is sound.")
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: motionrag demo clips/ --captions clips/clips.csv --out outputs/demo")
+def demo(
+    clips: Annotated[Path | None, typer.Argument(help="Folder or manifest; default: clips rendered now.")] = None,
+    captions: Annotated[Path | None, typer.Option(help="Captions for the folder.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to start from; default: a clip's first frame.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What should happen; default: that clip's caption.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("outputs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Run the whole method once: index, retrieve, adapt, inject, generate."""
+    from motionrag.pocket.demo import run_demo
+
+    _hide_loading_bars()
+    result = run_demo(clips, captions=captions, image=image, prompt=prompt, out=out, seed=seed)
+    if as_json:
+        print(result.report.read_text(encoding="utf-8"), end="")
+        return
+    print(f"Indexed {result.index.convention}: {result.index}")
+    _print_references(result.references)
+    print(f"Injected effect: {result.effect:.3f} of the attention's output.")
+    steps = ", ".join(f"{name} {seconds:g} s" for name, seconds in result.seconds.items())
+    print(f"Time: {steps}.")
+    print(f"Video:  {result.video}\nSheet:  {result.sheet}\nReport: {result.report}")
+    if result.note:
+        print(f"Note: {result.note}")
+
+
+def main() -> None:
+    """Run the command line; errors are one sentence, unless `--debug` is among the arguments."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    _keep_libraries_quiet()
+    try:
+        app([argument for argument in arguments if argument != "--debug"])
+    except KeyboardInterrupt:
+        print("Interrupted. What was committed is stored; the same command continues.", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        if debug:
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _keep_libraries_quiet() -> None:
+    """No notices about parts being loaded; what motionrag has to say still comes through."""
+    import logging
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+def _hide_loading_bars() -> None:
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _weights(pairs: list[str] | None) -> dict[str, float] | None:
+    if not pairs:
+        return None
+    weights = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        try:
+            weights[key] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"--weight takes KEY=NUMBER, got {pair!r}") from None
+    return weights
+
+
+def _describe(target: str | None) -> dict[str, Any]:
+    if target is None:
+        return _installation()
+    if (Path(target) / "manifest.json").exists():
+        from motionrag.database import MotionDatabase
+
+        return MotionDatabase(target).info()
+    from motionrag.bundle import MotionBundle
+
+    return MotionBundle.from_pretrained(target).info()
+
+
+def _installation() -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions: dict[str, Any] = {"python": sys.version.split()[0]}
+    for name in ("motionrag", "torch", "diffusers", "transformers", "open_clip_torch", "pylance", "av", "decord"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    for name in ("faiss-cpu", "faiss-gpu"):
+        try:
+            versions["faiss"] = f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    versions["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return versions
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _print_references(references: "list[Reference]") -> None:
+    """A table on a terminal, tab-separated lines elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("rank", "score", "clip", "caption")
+        for each in references:
+            table.add_row(str(each.rank), f"{each.score:.3f}", Path(each.clip.uri).name, each.clip.caption)
+        Console().print(table)
+        return
+    for each in references:
+        print(f"{each.rank}\t{each.score:.3f}\t{each.clip.uri}\t{each.clip.caption}")
+
+
+if __name__ == "__main__":
+    main()
