@@ -130,7 +130,7 @@ def resolve(source: str | Path, **hub_options: Any) -> Path:
 
     Args:
         source: "pocket" for the embedded default, a folder, or a hub id (downloaded: JSON, text and safetensors only).
-        hub_options: Passed to `huggingface_hub.snapshot_download`, for example `revision` or `token`.
+        **hub_options: Passed to `huggingface_hub.snapshot_download`, for example `revision` or `token`.
 
     Returns:
         The folder.
@@ -161,7 +161,7 @@ class MotionBundle:
         config: What the parts are.
         folder: Where parts that are not given are read from.
         unconditional_tokens: `(l d)`, motion tokens of an all-zero clip.
-        parts: "motion_resampler", "context_resampler", "cama", "motion_injection" as modules.
+        **parts: "motion_resampler", "context_resampler", "cama", "motion_injection" as modules.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class MotionBundle:
 
         Args:
             source: "pocket", a folder or a hub id.
-            hub_options: Passed on to the download, for example `revision`.
+            **hub_options: Passed on to the download, for example `revision`.
 
         Returns:
             The bundle.
@@ -242,7 +242,7 @@ class MotionBundle:
 
         Args:
             repo_id: Repository on the hub; made if it does not exist.
-            hub_options: Passed to `huggingface_hub.HfApi`, for example `token` or `endpoint`.
+            **hub_options: Passed to `huggingface_hub.HfApi`, for example `token` or `endpoint`.
 
         Returns:
             Address of the commit.

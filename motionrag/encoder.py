@@ -92,7 +92,7 @@ class MotionEncoder:
             text_encoder: Sentence encoder to use in place of the bundle's: hub id or folder.
             device: Where to run.
             dtype: Working precision of the networks.
-            hub_options: Passed on to the download, for example `revision`.
+            **hub_options: Passed on to the download, for example `revision`.
 
         Returns:
             The encoder; parts are loaded when they are first used.

@@ -73,7 +73,7 @@ class MotionRAGPipeline:
                 folder.
             bundle: The trained parts: a bundle, its folder or its hub id.
             database: A database or its folder.
-            pipeline_options: Passed to diffusers' `from_pretrained`, for example `dtype` or `variant`.
+            **pipeline_options: Passed to diffusers' `from_pretrained`, for example `dtype` or `variant`.
 
         Returns:
             The pipeline, on the CPU unless diffusers was told otherwise.
@@ -162,7 +162,7 @@ class MotionRAGPipeline:
             guidance_scale: Classifier-free guidance, off at 1; None for the backbone's default.
             generator: Makes the result reproducible.
             output_type: "pil", "np" or "pt".
-            pipeline_options: Passed to the diffusers pipeline, for example `callback_on_step_end`.
+            **pipeline_options: Passed to the diffusers pipeline, for example `callback_on_step_end`.
 
         Returns:
             Frames, references and the size of the injected effect.
@@ -253,8 +253,8 @@ class MotionRAGPipeline:
         """Keep the backbone's parts on the CPU and move each to the accelerator while it runs, as in diffusers.
 
         Args:
-            args: Passed on.
-            kwargs: Passed on.
+            *args: Passed on.
+            **kwargs: Passed on.
         """
         self.pipeline.enable_model_cpu_offload(*args, **kwargs)
 

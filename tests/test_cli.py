@@ -1,4 +1,4 @@
-"""The commands as a user calls them, judged by output, files and exit codes; mostly in this process: imports take long."""
+"""The commands as a user calls them, by output, files and exit codes; mostly in this process: imports take long."""
 
 import contextlib
 import io
