@@ -211,11 +211,19 @@ class MotionEncoder:
         """Motion tokens of clips.
 
         Args:
-            videos: Each `(t c h w)` in [-1, 1].
+            videos: Each `(t c h w)` in [-1, 1], t = `num_frames`.
 
         Returns:
             `(b l d)` float32 on the CPU.
+
+        Raises:
+            ValueError: If a clip has another number of frames.
         """
+        for video in videos:
+            if video.ndim != 4 or len(video) != self.num_frames:
+                raise ValueError(
+                    f"The video encoder reads {self.num_frames} frames (t c h w) of a clip, got {tuple(video.shape)}."
+                )
         pixels = torch.cat([self.video_encoder.preprocess(video[None]) for video in videos])
         return self.motion_resampler(self.video_encoder.encode(pixels)).float().cpu()
 
@@ -254,7 +262,7 @@ class MotionEncoder:
         Returns:
             `(b e)` float32 on the CPU, L2-normalised.
         """
-        return self.text_encoder.encode_text(list(texts)).float().cpu()
+        return self.text_encoder.encode_text(texts).float().cpu()
 
     def to(self, device: torch.device | str) -> "MotionEncoder":
         """Move the parts that are loaded, and those that will be.

@@ -12,8 +12,9 @@ from motionrag.backbones.backbone import Backbone
 def output_size(pipeline: Any, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
     """Fill in and check the size of the video.
 
-    Sizes are multiples of the VAE's spatial factor times the patch; frames are 1 more than a multiple of the VAE's
-    temporal factor. A model with learned positions (5B-I2V) knows a single picture size and a longest video.
+    Sizes are multiples of the VAE's spatial factor times the patch; frames are 1 more than a multiple of twice the
+    VAE's temporal factor: 1, 9, 17, …, 49. A model with learned positions (5B-I2V) knows a single picture size and a
+    longest video.
 
     Args:
         pipeline: A diffusers `CogVideoXImageToVideoPipeline`.
@@ -28,7 +29,9 @@ def output_size(pipeline: Any, height: int | None, width: int | None, num_frames
         ValueError: If the model cannot make that size; the nearest valid one is named.
     """
     config = pipeline.transformer.config
-    spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+    spatial = pipeline.vae_scale_factor_spatial
+    # Twice, since diffusers' VAE decodes an even number of latent frames to too many: 2 give 8 frames, not 5.
+    temporal = 2 * pipeline.vae_scale_factor_temporal
     own_height, own_width = config.sample_height * spatial, config.sample_width * spatial
     height = own_height if height is None else height
     width = own_width if width is None else width
@@ -44,13 +47,12 @@ def output_size(pipeline: Any, height: int | None, width: int | None, num_frames
             f"{nearest[0]}×{nearest[1]}."
         )
 
-    latent_frames = max(0, round((num_frames - 1) / temporal))
+    steps = max(0, round((num_frames - 1) / temporal))
     if config.use_learned_positional_embeddings:
-        latent_frames = min(latent_frames, (config.sample_frames - 1) // temporal)
-    if num_frames != latent_frames * temporal + 1:
+        steps = min(steps, (config.sample_frames - 1) // temporal)
+    if num_frames != steps * temporal + 1:
         raise ValueError(
-            f"This CogVideoX model cannot make {num_frames} frames; the nearest valid number is "
-            f"{latent_frames * temporal + 1}."
+            f"This CogVideoX model cannot make {num_frames} frames; the nearest valid number is {steps * temporal + 1}."
         )
     return height, width, num_frames
 

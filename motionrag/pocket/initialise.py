@@ -40,7 +40,8 @@ def word_tokenizer() -> "Tokenizer":
     merges = [pair for pair, _ in sorted(clip.bpe_ranks.items(), key=lambda item: item[1])]
     specials = ["<pad>", "</s>", "<unk>"]
     kept = pieces[: VOCABULARY - len(specials)]
-    merges = [pair for pair in merges if "".join(pair) in set(kept)]
+    known = set(kept)
+    merges = [pair for pair in merges if "".join(pair) in known]
     vocabulary = {piece: index for index, piece in enumerate([*specials, *kept])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token="<unk>"))  # noqa: S106
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, UNetSpatioTemporalConditionModel
+from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
 
 from motionrag import convert
 from motionrag.adapters import AttentionInjection
@@ -60,3 +61,18 @@ def test_resampler_and_cama(backbone):
     assert shapes(states["context_resampler"]) == shapes(context.state_dict())
     assert shapes(states["cama"]) == shapes(cama.state_dict())
     assert "motion_resampler" not in states
+
+
+def test_tokens_of_the_published_encoders():
+    with torch.device("meta"), torch.no_grad():
+        video_encoder = VideoMAEModel(VideoMAEConfig(use_mean_pooling=False))
+        image_encoder = Dinov2Model(
+            Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518)
+        )
+        motion_features = video_encoder(torch.empty(1, 16, 3, 224, 224)).last_hidden_state
+        context_features = image_encoder(torch.empty(1, 3, 224, 224)).last_hidden_state
+        motion_tokens = Resampler(input_dim=768, **RESAMPLER)(motion_features)
+        context_tokens = Resampler(input_dim=1024, **RESAMPLER)(context_features)
+    assert motion_features.shape == (1, 1568, 768)
+    assert context_features.shape == (1, 257, 1024)
+    assert motion_tokens.shape == context_tokens.shape == (1, 25, 1024)

@@ -1,0 +1,56 @@
+"""What the README shows is run, in its order, in a folder that holds only `clips/` and `query.png`."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from motionrag.pocket import render
+from tests.test_cli import run
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    render.render_folder(tmp_path / "clips")
+    Image.fromarray(render.render("bounce", "star", "violet", 0)[0]).save(tmp_path / "query.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks_print_what_they_say(workplace, capsys):
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), namespace)  # the README is ours
+    printed = capsys.readouterr().out
+    assert "18 new, 0 changed, 0 unchanged" in printed
+    assert "1 a red ball bounces on the ground" in printed
+    assert "5 True" in printed
+    assert (workplace / "out.mp4").stat().st_size > 0
+    assert (workplace / "out.json").stat().st_size > 0
+
+
+def test_commands_print_what_they_say(workplace):
+    shutil.rmtree(workplace / "db", ignore_errors=True)
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        lines = block.splitlines()
+        for number, line in enumerate(lines):
+            if not line.startswith("$ motionrag "):
+                continue
+            done = run(*shlex.split(line.removeprefix("$ motionrag "), comments=True))
+            assert done.returncode == 0, done.stderr
+            shown = next((i for i in range(number + 1, len(lines)) if lines[i].startswith("$")), len(lines))
+            for expected in lines[number + 1 : shown]:
+                assert expected in done.stdout
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
