@@ -121,7 +121,7 @@ class MotionRAGPipeline:
         image: ImageLike | Sequence[ImageLike],
         prompt: str | Sequence[str] = "",
         *,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_references: int = 9,
         motion_scale: float = 1.0,
         references: Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
@@ -178,22 +178,20 @@ class MotionRAGPipeline:
         pixels = [image_to_tensor(each) for each in images]
         pictures = [_to_pil(each) for each in pixels]
 
-        if num_references < 0:
-            raise ValueError(f"num_references must be 0 or more, got {num_references}.")
-        wanted = motion_scale != 0 and num_references > 0
-        if not wanted:
-            found: list[list[Reference]] = [[] for _ in images]
-        elif references is not None:
-            found = _given_references(references, len(images))
-        else:
-            found = [
-                self._retrieve(picture, text, num_references, retrieval_weights, where, exclude)
-                for picture, text in zip(pictures, prompts, strict=True)
-            ]
+        search = {"weights": retrieval_weights, "where": where, "exclude": exclude}
         threshold = self.bundle.config.min_similarity if min_similarity is None else min_similarity
-        if threshold is not None:
-            found = [[each for each in hits if each.score >= threshold] for hits in found]
-        abstained = [wanted and not hits for hits in found]
+        wants_motion = motion_scale != 0 and num_references != 0
+        found: list[list[Reference]] = [[] for _ in images]
+        if wants_motion:
+            if references is None:
+                found = [
+                    self._retrieve(*query, num_references, **search) for query in zip(pictures, prompts, strict=True)
+                ]
+            else:
+                found = _given_references(references, len(images))
+            found = [[hit for hit in hits if threshold is None or hit.score >= threshold] for hits in found]
+        abstained = [wants_motion and not hits for hits in found]
+        motion_tokens = self._adapt(pixels, found) if any(found) else None
 
         options: dict[str, Any] = {
             **(self.backbone.call_options(self.pipeline) if self.backbone.call_options else {}),
@@ -204,12 +202,9 @@ class MotionRAGPipeline:
             "num_frames": num_frames,
             "generator": generator,
             "output_type": output_type,
-            "negative_prompt": negative_prompt
-            if negative_prompt is None or isinstance(negative_prompt, str)
-            else list(negative_prompt),
+            "negative_prompt": negative_prompt,
             **pipeline_options,
         }
-        motion_tokens = self._adapt(pixels, found) if any(found) else None
         frames, effect = self._generate(pictures, prompts, motion_tokens, found, motion_scale, options)
         return MotionRAGOutput(
             frames=frames,
@@ -286,6 +281,8 @@ class MotionRAGPipeline:
         exclude: Any,
     ) -> list[Reference]:
         """References for one image, best first."""
+        if k < 0:
+            raise ValueError(f"num_references must be 0 or more, got {k}.")
         if self.database is None:
             raise ValueError(
                 "There is no database to retrieve motion from: set pipe.database = 'FOLDER', pass references=…, "
@@ -340,7 +337,9 @@ class MotionRAGPipeline:
             return self.pipeline(**call).frames, InjectedEffect(mean=0.0, per_site={})
         self.injection.reattach(self._denoiser)  # LoRA may have come or gone, the denoiser may be another
         device: torch.device = self.pipeline._execution_device
-        self.injection.to(device=device, dtype=self._denoiser.dtype)
+        stored: torch.dtype = self._denoiser.dtype
+        # Layerwise casting stores one byte a number and computes in more; float32 is then always right.
+        self.injection.to(device=device, dtype=stored if stored.itemsize > 1 else torch.float32)
         scale = torch.tensor([motion_scale if hits else 0.0 for hits in found])
         if options["guidance_scale"] > 1:  # one batch of both passes, the unconditional rows first
             unconditional = self.bundle.unconditional_tokens.expand_as(motion_tokens)

@@ -151,7 +151,7 @@ class AttentionInjection(nn.Module):
             raise ValueError(f"{type(model).__name__} offers no site for motion injection; name some in `sites`.")
         sizes = {}
         for site in sites:
-            path = site if site.endswith("to_out.0") else f"{site}.to_out.0"
+            path = site if site.endswith("to_out.0") else f"{site}.to_out.0".lstrip(".")
             projection = leaf(model, path)
             attention = leaf(model, path.removesuffix("to_out.0").removesuffix("."))
             if not hasattr(attention, "heads") or not hasattr(projection, "in_features"):

@@ -11,6 +11,7 @@ The caller holds the writer lock.
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
@@ -26,6 +27,7 @@ from motionrag.database.schema import (
     PLAIN_COLUMNS,
     clip_id,
     embedding_column,
+    fitted,
     metadata_columns,
     metadata_fields,
     quoted,
@@ -91,7 +93,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Job:
-    """A clip to decode, with its place in the listing."""
+    """A clip to store, with its place in the listing."""
 
     position: int
     clip: Clip
@@ -103,11 +105,42 @@ class _Job:
 class _Plan:
     """What a listing asks for, compared with the table."""
 
-    jobs: list[_Job] = field(default_factory=list)
-    rewritten: dict[str, Clip] = field(default_factory=dict)  # id → clip whose words or path changed
+    jobs: list[_Job] = field(default_factory=list)  # to decode
+    rewritten: list[_Job] = field(default_factory=list)  # stored; words or path changed
+    touched: list[_Job] = field(default_factory=list)  # stored; the file has another time and the same content
     superseded: dict[str, list[str]] = field(default_factory=dict)  # uri → ids of rows made from an older content
     unchanged: int = 0
     failed: list[Failure] = field(default_factory=list)
+    unreadable: set[str] = field(default_factory=set)  # uris; what is stored of them is kept
+
+
+def preview_clips(listing: Listing, *, table: ClipTable, failures: FailureLog) -> AddReport:
+    """Say what `add_clips` would do; nothing is decoded or written.
+
+    Args:
+        listing: Clips in order.
+        table: Compared with.
+        failures: Files that failed before.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If metadata does not fit the columns that the database has.
+    """
+    started = time.monotonic()
+    plan = _compare(listing, table, failures)
+    _new_columns(plan, table)
+    replaced = sum(job.clip.uri in plan.superseded for job in plan.jobs)
+    return AddReport(
+        convention=listing.convention,
+        added=len(plan.jobs) - replaced,
+        changed=replaced + len(plan.rewritten),
+        unchanged=plan.unchanged,
+        failed=plan.failed,
+        seconds=time.monotonic() - started,
+        dry_run=True,
+    )
 
 
 def add_clips(
@@ -118,7 +151,6 @@ def add_clips(
     failures: FailureLog,
     reader: str,
     strict: bool,
-    dry_run: bool,
     progress: bool,
     num_workers: int | None,
     timeout_s: float | None,
@@ -132,7 +164,6 @@ def add_clips(
         failures: Files that failed before; written to.
         reader: How to decode; by name.
         strict: Stop at the first clip that cannot be read.
-        dry_run: Compare only.
         progress: Show a progress bar on a terminal.
         num_workers: Decoding processes; None: by the number of cores.
         timeout_s: Longest time for one clip; None: by its duration.
@@ -146,58 +177,70 @@ def add_clips(
     """
     started = time.monotonic()
     plan = _compare(listing, table, failures)
-    report = AddReport(convention=listing.convention, unchanged=plan.unchanged, failed=plan.failed, dry_run=dry_run)
-    changed = sum(job.clip.uri in plan.superseded for job in plan.jobs)
-    if dry_run:
-        report.added, report.changed = len(plan.jobs) - changed, changed + len(plan.rewritten)
-        return report
     if strict and plan.failed:
         raise IndexingStopped(f"{plan.failed[0].uri}: {plan.failed[0].reason}. Nothing was indexed.")
-
-    clips = [job.clip for job in plan.jobs] + list(plan.rewritten.values())
-    table.add_columns(metadata_fields((_metadata(clip) for clip in clips), table.schema))
-    _rewrite(plan.rewritten, table, encoder)
-    report.changed += len(plan.rewritten)
-
-    writer = _Writer(table, failures)
-    results = decode_clips(
-        [job.clip for job in plan.jobs],
-        num_frames=encoder.num_frames if plan.jobs else 16,
-        num_workers=num_workers,
-        timeout_s=timeout_s,
-        decode=partial(read_clip_in_worker, reader=reader),
-    )
-    try:
-        for batch in _batches(plan.jobs, results, progress=progress):
-            decoded = []
-            for job, result in batch:
-                if isinstance(result, VideoError):
-                    report.failed.append(Failure(job.clip.uri, str(result)))
-                    failures.add(_failed(job, str(result)))
-                    if strict:
-                        break
-                else:
-                    decoded.append((job, result))
-            if decoded:
-                writer.add(_rows(decoded, table.schema, encoder))
-            for job, _ in decoded:
-                if job.clip.uri in plan.superseded:
-                    report.changed += 1
-                else:
-                    report.added += 1
-            if strict and report.failed:
-                writer.flush()
-                failure = report.failed[0]
-                raise IndexingStopped(f"{failure.uri}: {failure.reason}. {report.added} clips before it are stored.")
-        writer.flush()
-    finally:
-        results.close()
-    lost = {failure.uri for failure in report.failed}
-    stale = [id_ for uri, ids in plan.superseded.items() if uri not in lost for id_ in ids]
-    if stale:
-        table.delete(f"id IN ({', '.join(map(quoted, stale))})")
+    report = AddReport(convention=listing.convention, unchanged=plan.unchanged, failed=plan.failed)
+    table.add_columns(_new_columns(plan, table))
+    _rewrite([*plan.rewritten, *plan.touched], table, encoder)
+    report.changed = len(plan.rewritten)
+    if plan.jobs:
+        results = decode_clips(
+            [job.clip for job in plan.jobs],
+            num_frames=encoder.num_frames,
+            num_workers=num_workers,
+            timeout_s=timeout_s,
+            decode=partial(read_clip_in_worker, reader=reader),
+        )
+        with closing(results):
+            batches = _batches(plan.jobs, results, progress=progress)
+            _store(batches, plan, report, _Writer(table, failures), encoder, strict=strict)
+    _delete_superseded(plan, table)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _new_columns(plan: _Plan, table: ClipTable) -> list[pa.Field]:
+    return metadata_fields((_metadata(job.clip) for job in (*plan.jobs, *plan.rewritten)), table.schema)
+
+
+def _store(
+    batches: Iterable[list[tuple[_Job, DecodedClip | VideoError]]],
+    plan: _Plan,
+    report: AddReport,
+    writer: "_Writer",
+    encoder: MotionEncoder,
+    *,
+    strict: bool,
+) -> None:
+    """Encode and commit what was decoded, batch by batch, and count it in the report."""
+    for batch in batches:
+        decoded = []
+        for job, result in batch:
+            if isinstance(result, VideoError):
+                report.failed.append(Failure(job.clip.uri, str(result)))
+                plan.unreadable.add(job.clip.uri)
+                writer.add_failure(job, str(result))
+                if strict:
+                    break
+            else:
+                decoded.append((job, result))
+        if decoded:
+            writer.add(decoded, encoder)
+        replaced = sum(job.clip.uri in plan.superseded for job, _ in decoded)
+        report.changed += replaced
+        report.added += len(decoded) - replaced
+        if strict and report.failed:
+            writer.flush()
+            failure = report.failed[0]
+            stored = report.added + report.changed
+            raise IndexingStopped(f"{failure.uri}: {failure.reason}. {stored} clips before it are stored.")
+    writer.flush()
+
+
+def _delete_superseded(plan: _Plan, table: ClipTable) -> None:
+    ids = [id_ for uri, old in plan.superseded.items() if uri not in plan.unreadable for id_ in old]
+    for start in range(0, len(ids), COMMIT_ROWS):
+        table.delete(f"id IN ({', '.join(map(quoted, ids[start : start + COMMIT_ROWS]))})")
 
 
 def content_hash(path: str | Path) -> str:
@@ -213,37 +256,59 @@ def _compare(listing: Listing, table: ClipTable, failures: FailureLog) -> _Plan:
     plan = _Plan(failed=list(listing.failures))
     metadata = metadata_columns(table.schema)
     words = ["caption", "licence", "source", *metadata]
-    rows = table.scan(["id", "uri", "content", "file_size", "file_mtime_ns", *words]).to_pylist()
-    by_id = {row["id"]: row for row in rows}
-    by_uri: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_uri.setdefault(row["uri"], []).append(row)
+    stored = table.scan(["id", "uri", "content", "file_size", "file_mtime_ns", *words])
+    files = _inspect_all(listing, stored, plan)
+    jobs = [
+        _Job(position, clip, clip_id(files[clip.uri].content, clip), files[clip.uri])
+        for position, clip in enumerate(listing.clips)
+        if clip.uri in files
+    ]
+    rows = {row["id"]: row for row in _rows_with("id", {job.id for job in jobs}, stored)}
 
-    files: dict[str, _File] = {}
-    seen: set[str] = set()
-    for position, clip in enumerate(listing.clips):
-        if clip.uri not in files:
-            files[clip.uri] = _inspect(clip.uri, by_uri.get(clip.uri, []))
-            older = [row["id"] for row in by_uri.get(clip.uri, []) if row["content"] != files[clip.uri].content]
-            if older:
-                plan.superseded[clip.uri] = older
-        file = files[clip.uri]
-        id_ = clip_id(file.content, clip)
-        row = by_id.get(id_)
-        if id_ in seen:
-            plan.unchanged += 1
-        elif row is None:
-            reason = failures.find(clip.uri, clip.start_s, clip.end_s, file.size, file.mtime_ns)
+    wanted: dict[str, _Job] = {}  # one content under two names is stored once: under the name that it has, or the first
+    for job in jobs:
+        if job.id not in wanted or (job.id in rows and rows[job.id]["uri"] == job.clip.uri):
+            wanted[job.id] = job
+    plan.unchanged = len(jobs) - len(wanted)
+    for job in wanted.values():
+        if job.id not in rows:
+            reason = failures.find(job.clip.uri, job.clip.start_s, job.clip.end_s, job.file.size, job.file.mtime_ns)
             if reason is None:
-                plan.jobs.append(_Job(position, clip, id_, file))
+                plan.jobs.append(job)
             else:
-                plan.failed.append(Failure(clip.uri, f"{reason} (tried before; skipped until the file changes)"))
-        elif _differs(row, clip, metadata):
-            plan.rewritten[id_] = clip
+                plan.unreadable.add(job.clip.uri)
+                plan.failed.append(Failure(job.clip.uri, f"{reason} (tried before; skipped until the file changes)"))
+        elif _differs(rows[job.id], job, files, table.schema):
+            plan.rewritten.append(job)
         else:
             plan.unchanged += 1
-        seen.add(id_)
+            row = rows[job.id]
+            if row["uri"] == job.clip.uri and row["file_mtime_ns"] != job.file.mtime_ns:
+                plan.touched.append(job)
+    for row in _rows_with("uri", set(files), stored):
+        if row["content"] != files[row["uri"]].content and row["id"] not in wanted:
+            plan.superseded.setdefault(row["uri"], []).append(row["id"])
     return plan
+
+
+def _rows_with(column: str, values: set[str], stored: pa.Table) -> list[dict[str, Any]]:
+    """Rows whose column has one of these values; the others never become Python objects."""
+    return stored.filter(pc.is_in(stored[column], pa.array(list(values), pa.string()))).to_pylist()
+
+
+def _inspect_all(listing: Listing, stored: pa.Table, plan: _Plan) -> dict[str, _File]:
+    """Every listed file as it is now; one that cannot be read is listed as failed instead."""
+    known: dict[str, list[dict[str, Any]]] = {}
+    states = stored.select(["uri", "content", "file_size", "file_mtime_ns"])
+    for row in _rows_with("uri", {clip.uri for clip in listing.clips}, states):
+        known.setdefault(row["uri"], []).append(row)
+    files: dict[str, _File] = {}
+    for uri in dict.fromkeys(clip.uri for clip in listing.clips):
+        try:
+            files[uri] = _inspect(uri, known.get(uri, []))
+        except OSError as error:
+            plan.failed.append(Failure(uri, f"it cannot be read: {error.strerror}"))
+    return files
 
 
 def _inspect(uri: str, rows: Sequence[Mapping[str, Any]]) -> _File:
@@ -255,22 +320,19 @@ def _inspect(uri: str, rows: Sequence[Mapping[str, Any]]) -> _File:
     return _File(stat.st_size, stat.st_mtime_ns, content_hash(uri))
 
 
-def _differs(row: Mapping[str, Any], clip: Clip, metadata: Sequence[str]) -> bool:
-    if row["uri"] != clip.uri:
-        # The same content under two names is stored once; a moved file takes its row along.
-        return not Path(row["uri"]).exists()
-    stored = {name: row[name] for name in metadata if row[name] is not None}
-    words = (clip.caption, clip.licence, clip.source, _metadata(clip))
+def _differs(row: Mapping[str, Any], job: _Job, files: Mapping[str, _File], schema: pa.Schema) -> bool:
+    """Whether a stored clip has other words now, or its file another name."""
+    if row["uri"] != job.clip.uri:
+        # A copy changes nothing, but a file that moved takes its row along, also to where another one was.
+        return files[row["uri"]].content != row["content"] if row["uri"] in files else not Path(row["uri"]).exists()
+    stored = {name: row[name] for name in metadata_columns(schema) if row[name] is not None}
+    words = (job.clip.caption, job.clip.licence, job.clip.source, fitted(_metadata(job.clip), schema))
     return (row["caption"], row["licence"], row["source"], stored) != words
 
 
 def _metadata(clip: Clip) -> dict[str, str | int | float | bool]:
     reserved = {*PLAIN_COLUMNS, *map(embedding_column, ("text", "image", "motion")), "motion_tokens", "context_tokens"}
     return plain_metadata(clip.metadata, reserved)
-
-
-def _failed(job: _Job, reason: str) -> FailedClip:
-    return FailedClip(job.clip.uri, job.clip.start_s, job.clip.end_s, job.file.size, job.file.mtime_ns, reason)
 
 
 def _batches(
@@ -339,15 +401,16 @@ def _text_embeddings(clips: Sequence[Clip], encoder: MotionEncoder) -> np.ndarra
     return embeddings
 
 
-def _rewrite(rewritten: Mapping[str, Clip], table: ClipTable, encoder: MotionEncoder) -> None:
+def _rewrite(jobs: Sequence[_Job], table: ClipTable, encoder: MotionEncoder) -> None:
     """Store new words or paths of clips whose pictures are the same; tokens are kept."""
-    ids = list(rewritten)
-    for start in range(0, len(ids), COMMIT_ROWS):
-        batch = ids[start : start + COMMIT_ROWS]
-        clips = [rewritten[id_] for id_ in batch]
-        rows = table.take(batch)
+    for start in range(0, len(jobs), COMMIT_ROWS):
+        batch = jobs[start : start + COMMIT_ROWS]
+        clips = [job.clip for job in batch]
+        rows = table.take([job.id for job in batch])
         words: dict[str, list[Any]] = {
             "uri": [clip.uri for clip in clips],
+            "file_size": [job.file.size for job in batch],
+            "file_mtime_ns": [job.file.mtime_ns for job in batch],
             "caption": [clip.caption for clip in clips],
             "licence": [clip.licence for clip in clips],
             "source": [clip.source for clip in clips],
@@ -369,10 +432,16 @@ class _Writer:
         self._rows: list[pa.Table] = []
         self._since = time.monotonic()
 
-    def add(self, rows: pa.Table) -> None:
-        self._rows.append(rows)
+    def add(self, decoded: Sequence[tuple[_Job, DecodedClip]], encoder: MotionEncoder) -> None:
+        self._rows.append(_rows(decoded, self._table.schema, encoder))
+        for job, _ in decoded:
+            self._failures.forget(job.clip.uri, job.clip.start_s, job.clip.end_s)
         if sum(map(len, self._rows)) >= COMMIT_ROWS or time.monotonic() - self._since >= COMMIT_SECONDS:
             self.flush()
+
+    def add_failure(self, job: _Job, reason: str) -> None:
+        clip, file = job.clip, job.file
+        self._failures.add(FailedClip(clip.uri, clip.start_s, clip.end_s, file.size, file.mtime_ns, reason))
 
     def flush(self) -> None:
         if self._rows:

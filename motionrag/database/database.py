@@ -6,21 +6,29 @@
 Everything that a generation needs of a reference is in the table: no video is decoded to search.
 """
 
+import glob
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from motionrag.database.build import AddReport, add_clips, content_hash
+from motionrag.database.build import AddReport, add_clips, content_hash, preview_clips
+from motionrag.database.durable import fsync_folder
 from motionrag.database.failures import FailureLog
-from motionrag.database.indexes import RetrievalIndexes
+from motionrag.database.indexes import RetrievalIndexes, require_factory
+from motionrag.database.keys import ROW_KEY
 from motionrag.database.lock import writer_lock
 from motionrag.database.manifest import Manifest
 from motionrag.database.ranking import Hit, normalised_weights, rank
@@ -34,13 +42,15 @@ from motionrag.database.schema import (
     table_schema,
     to_numpy,
 )
-from motionrag.database.sources import list_clips
-from motionrag.database.table import ClipTable
+from motionrag.database.sources import absolute_path, list_clips
+from motionrag.database.table import ID_LENGTH, ClipTable
 from motionrag.encoder import RETRIEVAL_KEYS, MotionEncoder, pool_motion
 from motionrag.encoders.preprocessing import frames_to_tensor, image_to_tensor
 from motionrag.video import Clip, read_clip
 
 logger = logging.getLogger(__name__)
+
+_LEFTOVER_S = 3600.0  # a creation takes a second
 
 FINGERPRINTED = ("motion_tokens", "context_tokens", "text", "image")
 
@@ -66,12 +76,12 @@ class MotionDatabase:
     """
 
     def __init__(self, path: str | Path, *, encoder: MotionEncoder | None = None) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.manifest = Manifest.read(self.path)
         self._table = ClipTable.open(self.path / "clips.lance")
         self._encoder = encoder
         self._checked: set[str] = set()
-        self._indexes = RetrievalIndexes(self.path, self.manifest, self._table)
+        self._indexes = RetrievalIndexes(self.path, self.manifest)
 
     @classmethod
     def create(
@@ -95,33 +105,39 @@ class MotionDatabase:
 
         Raises:
             FileExistsError: If something is there already.
+            ValueError: If FAISS cannot read the factory string.
         """
-        path = Path(path)
+        path = Path(path).absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
-                f"{path} exists already; open it with MotionDatabase(path), or choose another folder."
-            )
+            raise _exists_already(path)
+        dims: dict[str, int] = {key: encoder.embedding_dim(key) for key in RETRIEVAL_KEYS}
+        if index_factory is not None:
+            for dim in dims.values():
+                require_factory(index_factory, dim)
         manifest = Manifest(
             name=name or path.name,
             encoder={"source": encoder.source, "text_encoder": encoder.text_source},
             fingerprints={what: encoder.fingerprint(what) for what in FINGERPRINTED},
-            embedding_dims={key: encoder.embedding_dim(key) for key in RETRIEVAL_KEYS},
+            embedding_dims=dims,
             num_tokens=encoder.num_tokens,
             token_dim=encoder.token_dim,
             index_factory=index_factory,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.creating")
-        if aside.exists():  # left by a creation that was killed
-            shutil.rmtree(aside)
-        aside.mkdir()
-        ClipTable.create(
-            aside / "clips.lance", table_schema(manifest.embedding_dims, manifest.num_tokens, manifest.token_dim)
-        )
-        manifest.write(aside)
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
+        _remove_leftovers(path)
+        with TemporaryDirectory(prefix=_creating(path), dir=path.parent) as aside:
+            folder = Path(aside) / path.name
+            folder.mkdir()
+            schema = table_schema(manifest.embedding_dims, manifest.num_tokens, manifest.token_dim)
+            ClipTable.create(folder / "clips.lance", schema)
+            manifest.write(folder)
+            try:
+                os.replace(folder, path)  # takes the place of an empty folder
+            except OSError:
+                if path.exists():  # made by another process meanwhile
+                    raise _exists_already(path) from None
+                raise
+        fsync_folder(path.parent)
         return cls(path, encoder=encoder)
 
     @classmethod
@@ -222,8 +238,10 @@ class MotionDatabase:
             ValueError: If `source` cannot be understood.
         """
         listing = list_clips(source, captions=captions, video_column=video_column, caption_column=caption_column)
-        if not dry_run:
-            self.check_fingerprints(self.encoder, FINGERPRINTED)
+        if dry_run:  # writes nothing, so it needs neither the lock nor the encoder
+            self.refresh()
+            return preview_clips(listing, table=self._table, failures=FailureLog(self.path))
+        self.check_fingerprints(self.encoder, FINGERPRINTED)
         with writer_lock(self.path):
             self.refresh()
             report = add_clips(
@@ -233,14 +251,11 @@ class MotionDatabase:
                 failures=FailureLog(self.path),
                 reader=reader,
                 strict=strict,
-                dry_run=dry_run,
                 progress=progress,
                 num_workers=num_workers,
                 timeout_s=timeout_s,
             )
-            if not dry_run:
-                for key in RETRIEVAL_KEYS:
-                    self._indexes.bring_up_to_date(key, holds_lock=True)
+            self._update_indexes()
         return report
 
     def delete(self, where: str) -> int:
@@ -257,9 +272,8 @@ class MotionDatabase:
             ValueError: If the condition cannot be understood; the columns are named.
         """
         with writer_lock(self.path):
-            removed = self._table.delete(where)
-            for key in RETRIEVAL_KEYS:
-                self._indexes.bring_up_to_date(key, holds_lock=True)
+            removed = self._table.delete(_whole(where))
+            self._update_indexes()
         return removed
 
     def refresh(self) -> None:
@@ -298,7 +312,8 @@ class MotionDatabase:
         """
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}.")
-        if len(self) == 0:
+        table = copy(self._table)  # stays at its version while another thread writes through this object
+        if table.count() == 0:
             raise ValueError(
                 f"The database {self.path} is empty; add clips with: motionrag index CLIPS --out {self.path}"
             )
@@ -306,19 +321,17 @@ class MotionDatabase:
         if exclude is None:
             exclude = motion if isinstance(motion, Clip) else ()
         mixed = normalised_weights(weights, list(queries))
-        condition = _all_of(
-            where, self._without_sources([exclude] if isinstance(exclude, (Clip, str, Path)) else exclude)
-        )
-        indexes = {key: self._indexes.get(key) for key in queries}
-        if not any(len(index) for index in indexes.values()):
+        sources = [exclude] if isinstance(exclude, (Clip, str, Path)) else exclude
+        ids = _eligible(table, where, sources)
+        indexes = {key: self._indexes.get(key, table) for key in queries}
+        if "text" in indexes and not indexes["text"].alive.any():
             raise ValueError(
                 f"No clip in {self.path} has a caption; index with captions, or search by image or motion."
             )
-        ids = None if condition is None else self._ids(condition)
         ranked = rank(indexes, queries, mixed, k, ids)
         if len(ranked) < k:
             logger.warning("%s: %d references for the %d that were asked for", self.path, len(ranked), k)
-        return self._references(ranked)
+        return self._references(ranked, table)
 
     def verify(self, *, deep: bool = True) -> list[str]:
         """Look for damage.
@@ -331,7 +344,7 @@ class MotionDatabase:
         """
         findings = [*self._table.recovered, *self._table.verify(deep=deep)]
         for key in RETRIEVAL_KEYS:
-            findings += self._indexes.findings(key)
+            findings += self._indexes.findings(key, self._table)
         return findings
 
     def info(self) -> dict[str, Any]:
@@ -341,6 +354,9 @@ class MotionDatabase:
             Name, number of clips, columns, encoder, fingerprints, indexes and size on disk in bytes.
         """
         columns = [*PLAIN_COLUMNS, *metadata_columns(self._table.schema)]
+        if len(self):
+            for key in RETRIEVAL_KEYS:
+                self._indexes.get(key, self._table)
         licences = self._table.scan(["licence"])["licence"].value_counts().to_pylist()
         return {
             "name": self.manifest.name,
@@ -357,6 +373,10 @@ class MotionDatabase:
             "created_with": self.manifest.created_with,
             "version": self._table.version,
         }
+
+    def _update_indexes(self) -> None:
+        for key in RETRIEVAL_KEYS:
+            self._indexes.get(key, self._table, holds_lock=True)
 
     # Queries
 
@@ -379,7 +399,8 @@ class MotionDatabase:
         return queries
 
     def _embed_motion(self, motion: Clip | Tensor) -> np.ndarray:
-        self._check_once("motion")
+        if isinstance(motion, Clip) or self._encoder is not None:  # tokens need no encoder
+            self._check_once("motion")
         if isinstance(motion, Clip):
             decoded = read_clip(motion, num_frames=self.encoder.num_frames)
             tokens = self.encoder.encode_motion([frames_to_tensor(decoded.frames)])
@@ -395,27 +416,11 @@ class MotionDatabase:
             self.check_fingerprints(self.encoder, [kind])
             self._checked.add(kind)
 
-    def _without_sources(self, sources: Sequence[Clip | str | Path]) -> str | None:
-        """Condition that leaves out whole source files, by path and by content."""
-        paths = {str(Path(source.uri if isinstance(source, Clip) else source).resolve()) for source in sources}
-        if not paths:
-            return None
-        listed = ", ".join(quoted(path) for path in sorted(paths))
-        contents = set(self._table.scan(["content"], f"uri IN ({listed})")["content"].to_pylist())
-        contents |= {content_hash(path) for path in paths if Path(path).is_file()}
-        conditions = [f"uri NOT IN ({listed})"]
-        if contents:
-            conditions.append(f"content NOT IN ({', '.join(quoted(content) for content in sorted(contents))})")
-        return " AND ".join(conditions)
-
-    def _ids(self, condition: str) -> np.ndarray:
-        return np.array(self._table.scan(["id"], condition)["id"].to_pylist(), dtype="S32")
-
-    def _references(self, ranked: Sequence[Hit]) -> list[Reference]:
+    def _references(self, ranked: Sequence[Hit], table: ClipTable) -> list[Reference]:
         if not ranked:
             return []
-        metadata = metadata_columns(self._table.schema)
-        rows = self._table.take([hit.id for hit in ranked], [*PLAIN_COLUMNS, *metadata, *TOKEN_COLUMNS])
+        metadata = metadata_columns(table.schema)
+        rows = table.take([hit.id for hit in ranked], [*PLAIN_COLUMNS, *metadata, *TOKEN_COLUMNS])
         tokens = {name: self._tokens(to_numpy(rows[name])) for name in TOKEN_COLUMNS}
         total = sum(max(hit.score, 0.0) for hit in ranked)
         return [
@@ -438,5 +443,45 @@ class MotionDatabase:
         return rearrange(torch.from_numpy(flat).float(), "b (l d) -> b l d", l=self.manifest.num_tokens)
 
 
-def _all_of(*conditions: str | None) -> str | None:
-    return " AND ".join(f"({condition})" for condition in conditions if condition) or None
+def _eligible(table: ClipTable, where: str | None, left_out: Sequence[Clip | str | Path]) -> np.ndarray | None:
+    """Ids `(n)` of the rows that meet a condition and are of no source file to leave out; None for all rows."""
+    if where is None and not left_out:
+        return None
+    ids = table.keys()["id"] if where is None else _ids(table, _whole(where))
+    named = [source.uri if isinstance(source, Clip) else str(source) for source in left_out]
+    files = {name for source in named for name in (source, absolute_path(source), os.path.realpath(source))}
+    if files:
+        contents = {content_hash(file) for file in files if os.path.isfile(file)}
+        contents.update(table.scan(["content"], _one_of("uri", files))["content"].to_pylist())
+        ids = ids[~np.isin(ids, _ids(table, f"{_one_of('uri', files)} OR {_one_of('content', contents)}"))]
+    return ids
+
+
+def _whole(where: str) -> str:
+    """A condition in brackets: Lance ignores in silence what follows the first expression, as in `a = 1 nonsense`."""
+    return f"({where})"
+
+
+def _one_of(column: str, values: Iterable[str]) -> str:
+    return f"{column} IN ({', '.join(map(quoted, sorted(values))) or 'NULL'})"
+
+
+def _ids(table: ClipTable, condition: str) -> np.ndarray:
+    ids = table.scan(["id"], condition)["id"].combine_chunks()
+    fixed = ids.cast(pa.binary()).cast(pa.binary(ID_LENGTH))  # five times as fast as by way of Python strings
+    return np.frombuffer(fixed.buffers()[1], ROW_KEY["id"], len(fixed))
+
+
+def _exists_already(path: Path) -> FileExistsError:
+    return FileExistsError(f"{path} exists already; open it with MotionDatabase(path), or choose another folder.")
+
+
+def _creating(path: Path) -> str:
+    return f".{path.name}.creating-"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what creations of the same database left behind that were killed long ago."""
+    for leftover in path.parent.glob(f"{glob.escape(_creating(path))}*"):
+        if time.time() - leftover.stat().st_mtime > _LEFTOVER_S:
+            shutil.rmtree(leftover, ignore_errors=True)

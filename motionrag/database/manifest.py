@@ -63,6 +63,8 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); restore it from a backup, or index again.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is damaged (no JSON object); restore it from a backup, or index again.")
         if content.get("format") != FORMAT:
             raise ValueError(
                 f"{path} has format {content.get('format')}, this version of motionrag reads {FORMAT}; index again."

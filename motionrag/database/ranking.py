@@ -1,5 +1,6 @@
 """Ranking rows by the weighted mean of their similarities over several indexes. Arrays in, ids out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from motionrag.database.index import VectorIndex
 # A mixed search over approximate indexes compares this many times k candidates of every key exactly, at least these.
 _CANDIDATES_PER_RESULT = 20
 _MIN_CANDIDATES = 200
+_ROUNDING = 1e-5  # how far a FAISS score can lie from the one computed here, for unit vectors
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def rank(
     candidates = [_candidates(indexes[key], query, k, ids, mixed=len(queries) > 1) for key, query in queries.items()]
     found = np.unique(np.concatenate(candidates))
     columns = {key: _scores(indexes[key], query, found) for key, query in queries.items()}
-    total = np.sum([weights[key] * column for key, column in columns.items()], axis=0)
+    total = np.sum([weights[key] * column.astype(np.float64) for key, column in columns.items()], axis=0)
     best = np.lexsort((found, -total))[:k]
     return [
         Hit(found[row].decode(), float(total[row]), {key: float(column[row]) for key, column in columns.items()})
@@ -74,7 +76,8 @@ def normalised_weights(weights: Mapping[str, float] | None, keys: Sequence[str])
         ValueError: If a key has no weight, a weight has no key, or none is positive.
     """
     given = dict.fromkeys(keys, 1.0) if weights is None else dict(weights)
-    if given.keys() != set(keys) or sum(given.values()) <= 0 or min(given.values()) < 0:
+    finite = all(math.isfinite(weight) and weight >= 0 for weight in given.values())
+    if given.keys() != set(keys) or not finite or sum(given.values()) <= 0:
         raise ValueError(
             f"weights must give a number of 0 or more to each of {', '.join(keys)}, not all 0; got {given}."
         )
@@ -83,8 +86,6 @@ def normalised_weights(weights: Mapping[str, float] | None, keys: Sequence[str])
 
 
 def _candidates(index: VectorIndex, query: np.ndarray, k: int, ids: np.ndarray | None, *, mixed: bool) -> np.ndarray:
-    if not len(index):
-        return np.empty(0, "S32")
     allowed = None
     if ids is not None:
         positions = index.positions_of(ids)
@@ -92,13 +93,19 @@ def _candidates(index: VectorIndex, query: np.ndarray, k: int, ids: np.ndarray |
         allowed[positions[positions >= 0]] = True
     if mixed and index.is_exact:  # every row is compared anyway
         return index.keys["id"][index.alive if allowed is None else index.alive & allowed]
-    wanted = max(_CANDIDATES_PER_RESULT * k, _MIN_CANDIDATES) if mixed else k
-    _, positions = index.search(query[None], wanted, allowed)
-    return index.keys["id"][positions[0]]
+    wanted = max(_CANDIDATES_PER_RESULT * k, _MIN_CANDIDATES) if mixed else k + 1
+    while True:
+        scores, positions = index.search(query[None], wanted, allowed)
+        found = positions.shape[1]
+        # Rows that tie with the k-th, as equal captions do, must all be seen, or the order of storage would choose.
+        if found < wanted or scores[0, -1] < scores[0, k - 1] - _ROUNDING:
+            return index.keys["id"][positions[0]]
+        wanted *= 4
 
 
 def _scores(index: VectorIndex, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Similarities `(n)` in double precision, rounded, so that equal vectors score equally wherever they lie."""
     positions = index.positions_of(ids)
     scores = np.zeros(len(ids), np.float32)
-    scores[positions >= 0] = index.scores(query, positions[positions >= 0])
+    scores[positions >= 0] = index.vectors(positions[positions >= 0]).astype(np.float64) @ query.astype(np.float64)
     return scores

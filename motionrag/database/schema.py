@@ -119,6 +119,20 @@ def _joined(first: pa.DataType | None, second: pa.DataType) -> pa.DataType:
     return pa.string()
 
 
+def fitted(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """Metadata as its columns hold it: a column of text takes numbers too.
+
+    Args:
+        values: Metadata of a clip.
+        schema: Columns of the table; names that are not among them stay as they are.
+
+    Returns:
+        The values, as reading them back would give them.
+    """
+    text = {name for name in values if name in schema.names and pa.types.is_string(schema.field(name).type)}
+    return {name: str(value) if name in text else value for name, value in values.items()}
+
+
 def vectors(array: np.ndarray, dtype: type[np.floating]) -> pa.FixedSizeListArray:
     """`(b, …)` numbers as a column with one fixed-size list a row."""
     flat = np.ascontiguousarray(array, dtype=dtype).reshape(len(array), -1)
@@ -149,7 +163,9 @@ def clip_of(row: Mapping[str, Any], metadata: Sequence[str]) -> Clip:
 
 def clip_id(content: str, clip: Clip) -> str:
     """Identity of a clip: its file's content and its span, whatever the file is called."""
-    return hashlib.blake2b(f"{content}:{clip.start_s!r}:{clip.end_s!r}".encode(), digest_size=16).hexdigest()
+    # As plain floats: 2, 2.0 and a NumPy number are the same time.
+    start_s, end_s = float(clip.start_s), None if clip.end_s is None else float(clip.end_s)
+    return hashlib.blake2b(f"{content}:{start_s!r}:{end_s!r}".encode(), digest_size=16).hexdigest()
 
 
 def quoted(text: str) -> str:

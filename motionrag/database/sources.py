@@ -6,8 +6,11 @@ to be unreadable later. Tables: `docs/indexing.md` shows one example of each con
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,12 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 START_COLUMNS = ("start_s", "start_sec")
 END_COLUMNS = ("end_s", "end_sec")
 LICENCE_COLUMNS = ("licence", "license")
+
+# As JSON writes them: `007`, `1_000` and `nan` are words. At most 18 digits fit 64 bits.
+_WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,2})?", re.ASCII)
+# A column of the table cannot have these in its name.
+_NOT_IN_COLUMN_NAMES = re.compile(r"[.`\x00-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -104,19 +113,27 @@ def list_clips(
         if not path.is_dir():
             raise ValueError(f"Captions from a separate file go with a folder of videos, but {path} is a file.")
         listing = _from_table(Path(captions), root=path, columns=columns)
-        listed = {clip.uri for clip in listing.clips} | {failure.uri for failure in listing.failures}
-        others = [Clip(str(file)) for file in _videos_in(path) if str(file) not in listed]
-        return Listing(f"folder with captions from {Path(captions).name}", listing.clips + others, listing.failures)
+        others = [Clip(file) for file in _left_out(path, listing)]
+        name = f"folder with captions from {Path(captions).name}, {len(others)} videos without"
+        return _unique(name, [*listing.clips, *others], listing.failures)
     if path.is_dir():
         return _from_folder(path, columns)
     if path.suffix.lower() in TABLE_SUFFIXES:
         return _from_table(path, root=path.parent, columns=columns)
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        return Listing("a single video", [Clip(str(path.resolve()), caption=_caption_beside(path))])
+        return _unique("a single video", *_sorted_out([absolute_path(path)], _with_caption_beside))
     raise ValueError(
         f"{path} is neither a folder, nor a manifest ({', '.join(TABLE_SUFFIXES)}), nor a video "
         f"({', '.join(sorted(VIDEO_SUFFIXES))})."
     )
+
+
+def absolute_path(path: str | Path) -> str:
+    """The name under which a file is stored: absolute, folders resolved, but a link to a file keeps its own name.
+
+    A cache of the Hugging Face hub consists of links, whose targets have neither suffix nor name.
+    """
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 @dataclass(frozen=True)
@@ -131,9 +148,13 @@ def _from_python(clips: Sequence[Clip]) -> Listing:
     wrong = next((clip for clip in clips if not isinstance(clip, Clip)), None)
     if wrong is not None:
         raise ValueError(f"A list to index must hold Clip objects, got {type(wrong).__name__}: {str(wrong)[:80]!r}.")
-    present = [clip for clip in clips if Path(clip.uri).is_file()]
-    missing = [Failure(clip.uri, "there is no such file") for clip in clips if not Path(clip.uri).is_file()]
-    return _unique("a list of clips", present, missing)
+    found, missing = [], []
+    for clip in clips:
+        if os.path.isfile(clip.uri):
+            found.append(replace(clip, uri=absolute_path(clip.uri)))
+        else:
+            missing.append(Failure(clip.uri, "there is no such file"))
+    return _unique("a list of clips", found, missing)
 
 
 def _from_folder(folder: Path, columns: _Columns) -> Listing:
@@ -142,48 +163,57 @@ def _from_folder(folder: Path, columns: _Columns) -> Listing:
         raise ValueError(f"{folder} holds {' and '.join(file.name for file in metadata)}; keep one of them.")
     if metadata:
         listing = _from_table(metadata[0], root=folder, columns=columns)
-        return Listing(f"VideoFolder with {metadata[0].name}", listing.clips, listing.failures)
+        ignored = len(_left_out(folder, listing))
+        note = f"; {ignored} videos that it does not list are left out" if ignored else ""
+        return replace(listing, convention=f"VideoFolder with {metadata[0].name}{note}")
     videos = _videos_in(folder)
     if not videos:
         raise ValueError(f"{folder} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) and no metadata.csv.")
-    root = folder.resolve()
-    clips = []
-    for video in videos:
-        label = video.parent.relative_to(root).as_posix()
-        clips.append(
-            Clip(str(video), caption=_caption_beside(video), metadata={"label": label} if label != "." else {})
-        )
+    root = os.path.realpath(folder)
+
+    def labelled(video: str) -> Clip:
+        label = Path(video).parent.relative_to(root).as_posix()
+        return replace(_with_caption_beside(video), metadata={"label": label} if label != "." else {})
+
+    clips, failures = _sorted_out(videos, labelled)
     captioned = sum(bool(clip.caption) for clip in clips)
-    return Listing(f"folder of videos, {captioned} of {len(clips)} with a same-stem .txt caption", clips)
+    return _unique(f"folder of videos, {captioned} of {len(videos)} with a same-stem .txt caption", clips, failures)
 
 
 def _from_table(path: Path, *, root: Path, columns: _Columns) -> Listing:
     rows = _read_table(path)
-    names = list(rows[0]) if rows else []
+    if not rows:
+        raise ValueError(f"{path} lists no clips.")
+    names = list(rows[0])
     video = _column(path, names, columns.video, VIDEO_COLUMNS, what="video", required=True)
     caption = _column(path, names, columns.caption, CAPTION_COLUMNS, what="caption", required=False)
     start = _column(path, names, None, START_COLUMNS, what="start", required=False)
     end = _column(path, names, None, END_COLUMNS, what="end", required=False)
     licence = _column(path, names, None, LICENCE_COLUMNS, what="licence", required=False)
     taken = {name for name in (video, caption, start, end, licence, "source") if name}
+    others = [name for name in names if name not in taken]
+    if path.suffix.lower() in (".csv", ".tsv"):
+        for name in others:
+            _read_numbers(rows, name)
 
+    real_root = os.path.realpath(root)
     clips, failures = [], []
     for number, row in enumerate(rows, start=1):
         written = _text(_cell(row, video))
         try:
             clips.append(
                 Clip(
-                    str(_inside(root, written)),
-                    start_s=_seconds(_cell(row, start), default=0.0) or 0.0,
-                    end_s=_seconds(_cell(row, end), default=None),
+                    _inside(real_root, written),
+                    start_s=_seconds(_cell(row, start)) or 0.0,
+                    end_s=_seconds(_cell(row, end)),
                     caption=_text(_cell(row, caption)),
                     licence=_text(_cell(row, licence)),
                     source=_text(_cell(row, "source")),
-                    metadata={name: value for name, value in row.items() if name not in taken},
+                    metadata={name: row[name] for name in others},
                 )
             )
         except ValueError as error:
-            failures.append(Failure(str(root / written), f"row {number} of {path.name}: {error}"))
+            failures.append(Failure(os.path.join(real_root, written), f"row {number} of {path.name}: {error}"))
     kind = {"video_path": "musubi-tuner-style", "file_name": "VideoFolder-style", "video": "OpenVid-style"}.get(
         video or ""
     )
@@ -192,12 +222,15 @@ def _from_table(path: Path, *, root: Path, columns: _Columns) -> Listing:
 
 
 def _unique(convention: str, clips: Iterable[Clip], failures: list[Failure]) -> Listing:
-    """Keep the first of several entries for one span of one file; the others are listed as failures."""
+    """Keep the first of several entries for one span of one file, and only words that can be written as UTF-8."""
     seen: set[tuple[str, float, float | None]] = set()
     kept, failures = [], list(failures)
     for clip in clips:
         span = (clip.uri, clip.start_s, clip.end_s)
-        if span in seen:
+        if not _is_utf8(clip.uri, clip.caption, clip.licence, clip.source):
+            name = os.fsencode(clip.uri).decode("utf-8", "backslashreplace")
+            failures.append(Failure(name, "its name, caption, licence or source cannot be written as UTF-8"))
+        elif span in seen:
             failures.append(Failure(clip.uri, "listed more than once; the first entry is used"))
         else:
             seen.add(span)
@@ -224,52 +257,54 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
-    """Read a CSV file; a column becomes numbers if every filled cell is one."""
+    """Read a CSV file; empty cells become None, all others stay text."""
     rows: list[dict[str, Any]] = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path} names a column twice: {', '.join(names)}.")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(
-                        f"{path} line {reader.line_num}: expected {len(reader.fieldnames or [])} fields; "
+                        f"{path} line {reader.line_num}: expected {len(names)} fields; "
                         "put a caption that holds a comma in quotes."
                     )
-                rows.append(row)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable CSV file in UTF-8: {error}") from error
-    for name in rows[0] if rows else []:
-        convert = _number_type([row[name] for row in rows])
-        for row in rows:
-            row[name] = None if row[name] == "" else convert(row[name])
+                rows.append({name: cell or None for name, cell in row.items()})
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} from line {reader.line_num + 1} on is no CSV in UTF-8: {error}") from error
     return rows
 
 
-def _number_type(cells: Sequence[str]) -> type[int] | type[float] | type[str]:
-    filled = [cell for cell in cells if cell != ""]
-    for number in (int, float):
-        try:
-            for cell in filled:
-                number(cell)
-        except ValueError:
-            continue
-        if filled:
-            return number
-    return str
+def _read_numbers(rows: Sequence[dict[str, Any]], name: str) -> None:
+    """Turn a column of CSV cells into numbers if every filled one is a number."""
+    filled = [row[name] for row in rows if row[name] is not None]
+    convert: type[int] | type[float]
+    if all(map(_WHOLE_NUMBER.fullmatch, filled)):
+        convert = int
+    elif all(map(_NUMBER.fullmatch, filled)):
+        convert = float
+    else:
+        return
+    for row in rows:
+        row[name] = None if row[name] is None else convert(row[name])
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} must be a JSON object, got {type(row).__name__}.")
-        rows.append(row)
+    # In bytes, whose lines end with a line feed only; text also breaks at U+2028, which captions do contain.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:  # also a UnicodeDecodeError
+                raise ValueError(f"{path} line {number} is no JSON in UTF-8: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} must be a JSON object, got {type(row).__name__}.")
+            rows.append(row)
     # Every row gets every column, so that the columns found do not depend on the first row.
     names = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name) for name in names} for row in rows]
@@ -287,27 +322,25 @@ def _column(
     return found
 
 
-def _inside(root: Path, written: str) -> Path:
+def _inside(root: str, written: str) -> str:
     """The file that a manifest names: absolute, or relative and inside `root`."""
     if not written:
         raise ValueError("no file is named")
-    root = root.resolve()
-    path = Path(written)
-    resolved = path.resolve() if path.is_absolute() else (root / path).resolve()
-    if not path.is_absolute() and not resolved.is_relative_to(root):
+    path = absolute_path(os.path.join(root, written))
+    if not os.path.isabs(written) and os.path.commonpath([root, path]) != root:
         raise ValueError(f"{written} leads out of {root}")
-    if not resolved.is_file():
+    if not os.path.isfile(path):
         raise ValueError("there is no such file")
-    return resolved
+    return path
 
 
 def _cell(row: Mapping[str, Any], column: str | None) -> Any:
     return None if column is None else row.get(column)
 
 
-def _seconds(value: Any, default: float | None) -> float | None:
-    if value is None or value == "":
-        return default
+def _seconds(value: Any) -> float | None:
+    if _is_missing(value):
+        return None
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -315,18 +348,60 @@ def _seconds(value: Any, default: float | None) -> float | None:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    return "" if _is_missing(value) else str(value).strip()
 
 
-def _videos_in(folder: Path) -> list[Path]:
-    return sorted(
-        file for file in folder.resolve().rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file()
-    )
+def _is_missing(value: Any) -> bool:
+    """Whether a cell is empty; pandas writes NaN for that."""
+    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
 
 
-def _caption_beside(video: Path) -> str:
-    text = video.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+def _is_utf8(*words: str) -> bool:
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _left_out(folder: Path, listing: Listing) -> list[str]:
+    """Videos in a folder that a manifest does not list."""
+    listed = {clip.uri for clip in listing.clips} | {failure.uri for failure in listing.failures}
+    return [video for video in _videos_in(folder) if video not in listed]
+
+
+def _videos_in(folder: Path) -> list[str]:
+    """Videos in a folder and those below it, sorted; hidden files and folders are passed over."""
+    return sorted(_walk(os.path.realpath(folder)))
+
+
+def _walk(folder: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):  # checkpoints of notebooks, "._x.mp4" of macOS, caches
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES and entry.is_file():
+                yield entry.path
+
+
+def _sorted_out(videos: Iterable[str], make: Callable[[str], Clip]) -> tuple[list[Clip], list[Failure]]:
+    clips, failures = [], []
+    for video in videos:
+        try:
+            clips.append(make(video))
+        except ValueError as error:
+            failures.append(Failure(video, str(error)))
+    return clips, failures
+
+
+def _with_caption_beside(video: str) -> Clip:
+    text = Path(video).with_suffix(".txt")
+    try:
+        return Clip(video, caption=text.read_text(encoding="utf-8-sig").strip() if text.is_file() else "")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its caption {text.name} is not in UTF-8: {error}") from error
 
 
 def plain_metadata(metadata: Mapping[str, Any], reserved: Iterable[str]) -> dict[str, str | int | float | bool]:
@@ -337,12 +412,28 @@ def plain_metadata(metadata: Mapping[str, Any], reserved: Iterable[str]) -> dict
         reserved: Columns of the database itself; these are measured and win over what a manifest claims.
 
     Returns:
-        Strings, numbers and booleans as they are, everything else as JSON; empty values left out.
+        Strings, numbers and booleans as they are, everything else as JSON; empty values left out. Characters that a
+        column's name cannot hold are replaced by an underscore.
     """
     reserved = set(reserved)
     plain: dict[str, str | int | float | bool] = {}
-    for name, value in metadata.items():
-        if name in reserved or value is None or value == "":
-            continue
-        plain[name] = value if isinstance(value, (str, int, float, bool)) else json.dumps(value, default=str)
+    for written, value in metadata.items():
+        name = _column_name(written)
+        if name and name not in reserved and not _is_missing(value):
+            plain.setdefault(name, _plain_value(value))
     return plain
+
+
+def _column_name(written: object) -> str:
+    name = _NOT_IN_COLUMN_NAMES.sub("_", str(written).strip())
+    return name.lstrip("_") if name.startswith("_row") else name  # Lance has _rowid and others of its own
+
+
+def _plain_value(value: Any) -> str | int | float | bool:
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
+        value = value.item()
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, str) and not _is_utf8(value):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value if isinstance(value, (str, int, float, bool)) else json.dumps(value, default=str)
