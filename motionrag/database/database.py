@@ -6,51 +6,41 @@
 Everything that a generation needs of a reference is in the table: no video is decoded to search.
 """
 
-import glob
 import logging
-import os
-import shutil
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from motionrag.database.build import AddReport, add_clips, content_hash, preview_clips
-from motionrag.database.durable import fsync_folder
+from motionrag.database.build import AddReport, add_clips, preview_clips
+from motionrag.database.creation import create_folder, require_free
 from motionrag.database.failures import FailureLog
 from motionrag.database.indexes import RetrievalIndexes, require_factory
-from motionrag.database.keys import ROW_KEY
 from motionrag.database.lock import writer_lock
 from motionrag.database.manifest import Manifest
+from motionrag.database.metadata import metadata_columns
 from motionrag.database.ranking import Hit, normalised_weights, rank
 from motionrag.database.reference import Reference
 from motionrag.database.schema import (
     PLAIN_COLUMNS,
     TOKEN_COLUMNS,
     clip_of,
-    metadata_columns,
-    quoted,
-    table_schema,
     to_numpy,
 )
-from motionrag.database.sources import absolute_path, list_clips
-from motionrag.database.table import ID_LENGTH, ClipTable
+from motionrag.database.selection import eligible
+from motionrag.database.sources import list_clips
+from motionrag.database.table import ClipTable
 from motionrag.encoder import RETRIEVAL_KEYS, MotionEncoder, pool_motion
 from motionrag.encoders.preprocessing import frames_to_tensor, image_to_tensor
 from motionrag.video import Clip, read_clip
 
 logger = logging.getLogger(__name__)
-
-_LEFTOVER_S = 3600.0  # a creation takes a second
 
 FINGERPRINTED = ("motion_tokens", "context_tokens", "text", "image")
 
@@ -108,8 +98,7 @@ class MotionDatabase:
             ValueError: If FAISS cannot read the factory string.
         """
         path = Path(path).absolute()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise _exists_already(path)
+        require_free(path)
         dims: dict[str, int] = {key: encoder.embedding_dim(key) for key in RETRIEVAL_KEYS}
         if index_factory is not None:
             for dim in dims.values():
@@ -123,21 +112,7 @@ class MotionDatabase:
             token_dim=encoder.token_dim,
             index_factory=index_factory,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        with TemporaryDirectory(prefix=_creating(path), dir=path.parent) as aside:
-            folder = Path(aside) / path.name
-            folder.mkdir()
-            schema = table_schema(manifest.embedding_dims, manifest.num_tokens, manifest.token_dim)
-            ClipTable.create(folder / "clips.lance", schema)
-            manifest.write(folder)
-            try:
-                os.replace(folder, path)  # takes the place of an empty folder
-            except OSError:
-                if path.exists():  # made by another process meanwhile
-                    raise _exists_already(path) from None
-                raise
-        fsync_folder(path.parent)
+        create_folder(path, manifest)
         return cls(path, encoder=encoder)
 
     @classmethod
@@ -272,7 +247,7 @@ class MotionDatabase:
             ValueError: If the condition cannot be understood; the columns are named.
         """
         with writer_lock(self.path):
-            removed = self._table.delete(_whole(where))
+            removed = self._table.delete(where)
             self._update_indexes()
         return removed
 
@@ -322,7 +297,7 @@ class MotionDatabase:
             exclude = motion if isinstance(motion, Clip) else ()
         mixed = normalised_weights(weights, list(queries))
         sources = [exclude] if isinstance(exclude, (Clip, str, Path)) else exclude
-        ids = _eligible(table, where, sources)
+        ids = eligible(table, where, sources)
         indexes = {key: self._indexes.get(key, table) for key in queries}
         if "text" in indexes and not indexes["text"].alive.any():
             raise ValueError(
@@ -441,47 +416,3 @@ class MotionDatabase:
 
     def _tokens(self, flat: np.ndarray) -> Tensor:
         return rearrange(torch.from_numpy(flat).float(), "b (l d) -> b l d", l=self.manifest.num_tokens)
-
-
-def _eligible(table: ClipTable, where: str | None, left_out: Sequence[Clip | str | Path]) -> np.ndarray | None:
-    """Ids `(n)` of the rows that meet a condition and are of no source file to leave out; None for all rows."""
-    if where is None and not left_out:
-        return None
-    ids = table.keys()["id"] if where is None else _ids(table, _whole(where))
-    named = [source.uri if isinstance(source, Clip) else str(source) for source in left_out]
-    files = {name for source in named for name in (source, absolute_path(source), os.path.realpath(source))}
-    if files:
-        contents = {content_hash(file) for file in files if os.path.isfile(file)}
-        contents.update(table.scan(["content"], _one_of("uri", files))["content"].to_pylist())
-        ids = ids[~np.isin(ids, _ids(table, f"{_one_of('uri', files)} OR {_one_of('content', contents)}"))]
-    return ids
-
-
-def _whole(where: str) -> str:
-    """A condition in brackets: Lance ignores in silence what follows the first expression, as in `a = 1 nonsense`."""
-    return f"({where})"
-
-
-def _one_of(column: str, values: Iterable[str]) -> str:
-    return f"{column} IN ({', '.join(map(quoted, sorted(values))) or 'NULL'})"
-
-
-def _ids(table: ClipTable, condition: str) -> np.ndarray:
-    ids = table.scan(["id"], condition)["id"].combine_chunks()
-    fixed = ids.cast(pa.binary()).cast(pa.binary(ID_LENGTH))  # five times as fast as by way of Python strings
-    return np.frombuffer(fixed.buffers()[1], ROW_KEY["id"], len(fixed))
-
-
-def _exists_already(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} exists already; open it with MotionDatabase(path), or choose another folder.")
-
-
-def _creating(path: Path) -> str:
-    return f".{path.name}.creating-"
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what creations of the same database left behind that were killed long ago."""
-    for leftover in path.parent.glob(f"{glob.escape(_creating(path))}*"):
-        if time.time() - leftover.stat().st_mtime > _LEFTOVER_S:
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -8,7 +8,7 @@ vectors    text_embedding, image_embedding, motion_embedding (float32, L2-normal
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ _PLAIN_FIELDS = (
 )
 PLAIN_COLUMNS = tuple(name for name, _ in _PLAIN_FIELDS)
 TOKEN_COLUMNS = ("motion_tokens", "context_tokens")
+EMBEDDING_COLUMNS = ("text_embedding", "image_embedding", "motion_embedding")
+OWN_COLUMNS = frozenset((*PLAIN_COLUMNS, *EMBEDDING_COLUMNS, *TOKEN_COLUMNS))
 
 
 def embedding_column(key: str) -> str:
@@ -63,74 +65,6 @@ def table_schema(embedding_dims: Mapping[str, int], num_tokens: int, token_dim: 
     ]
     tokens = pa.list_(pa.float16(), num_tokens * token_dim)
     return pa.schema(fields + [pa.field(name, tokens, nullable=False) for name in TOKEN_COLUMNS])
-
-
-def metadata_columns(schema: pa.Schema) -> list[str]:
-    """Columns that came from the clips' metadata."""
-    return [
-        field.name
-        for field in schema
-        if field.name not in PLAIN_COLUMNS and not pa.types.is_fixed_size_list(field.type)
-    ]
-
-
-def metadata_fields(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> list[pa.Field]:
-    """Columns that metadata needs and the table lacks.
-
-    Args:
-        rows: Metadata of clips: strings, numbers and booleans.
-        schema: The table's present columns.
-
-    Returns:
-        New nullable fields.
-
-    Raises:
-        ValueError: If a value does not fit the type of an existing column.
-    """
-    types: dict[str, pa.DataType] = {}
-    for row in rows:
-        for name, value in row.items():
-            types[name] = _joined(types.get(name), _type_of(value))
-    new = []
-    for name, found in types.items():
-        if name not in schema.names:
-            new.append(pa.field(name, found, nullable=True))
-        elif _joined(schema.field(name).type, found) != schema.field(name).type:
-            raise ValueError(
-                f"Metadata {name!r} is {found} here, but {schema.field(name).type} in the database; rename it."
-            )
-    return new
-
-
-def _type_of(value: Any) -> pa.DataType:
-    if isinstance(value, bool):
-        return pa.bool_()
-    if isinstance(value, int):
-        return pa.int64()
-    return pa.float64() if isinstance(value, float) else pa.string()
-
-
-def _joined(first: pa.DataType | None, second: pa.DataType) -> pa.DataType:
-    """The narrowest type that holds both: whole numbers widen to floats, anything else to text."""
-    if first is None or first == second:
-        return second
-    if {first, second} == {pa.int64(), pa.float64()}:
-        return pa.float64()
-    return pa.string()
-
-
-def fitted(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """Metadata as its columns hold it: a column of text takes numbers too.
-
-    Args:
-        values: Metadata of a clip.
-        schema: Columns of the table; names that are not among them stay as they are.
-
-    Returns:
-        The values, as reading them back would give them.
-    """
-    text = {name for name in values if name in schema.names and pa.types.is_string(schema.field(name).type)}
-    return {name: str(value) if name in text else value for name, value in values.items()}
 
 
 def vectors(array: np.ndarray, dtype: type[np.floating]) -> pa.FixedSizeListArray:

@@ -6,7 +6,6 @@ to be unreadable later. Tables: `docs/indexing.md` shows one example of each con
 
 import csv
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from motionrag.database.metadata import is_missing, is_utf8
 from motionrag.video import Clip
 
 VIDEO_SUFFIXES = frozenset(
@@ -48,7 +48,6 @@ LICENCE_COLUMNS = ("licence", "license")
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,2})?", re.ASCII)
 # A column of the table cannot have these in its name.
-_NOT_IN_COLUMN_NAMES = re.compile(r"[.`\x00-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ def _unique(convention: str, clips: Iterable[Clip], failures: list[Failure]) -> 
     kept, failures = [], list(failures)
     for clip in clips:
         span = (clip.uri, clip.start_s, clip.end_s)
-        if not _is_utf8(clip.uri, clip.caption, clip.licence, clip.source):
+        if not is_utf8(clip.uri, clip.caption, clip.licence, clip.source):
             name = os.fsencode(clip.uri).decode("utf-8", "backslashreplace")
             failures.append(Failure(name, "its name, caption, licence or source cannot be written as UTF-8"))
         elif span in seen:
@@ -339,7 +338,7 @@ def _cell(row: Mapping[str, Any], column: str | None) -> Any:
 
 
 def _seconds(value: Any) -> float | None:
-    if _is_missing(value):
+    if is_missing(value):
         return None
     try:
         return float(value)
@@ -348,20 +347,7 @@ def _seconds(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str:
-    return "" if _is_missing(value) else str(value).strip()
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a cell is empty; pandas writes NaN for that."""
-    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
-
-
-def _is_utf8(*words: str) -> bool:
-    try:
-        "".join(words).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return "" if is_missing(value) else str(value).strip()
 
 
 def _left_out(folder: Path, listing: Listing) -> list[str]:
@@ -402,38 +388,3 @@ def _with_caption_beside(video: str) -> Clip:
         return Clip(video, caption=text.read_text(encoding="utf-8-sig").strip() if text.is_file() else "")
     except UnicodeDecodeError as error:
         raise ValueError(f"its caption {text.name} is not in UTF-8: {error}") from error
-
-
-def plain_metadata(metadata: Mapping[str, Any], reserved: Iterable[str]) -> dict[str, str | int | float | bool]:
-    """The part of a clip's metadata that becomes columns of the database.
-
-    Args:
-        metadata: As the user gave it.
-        reserved: Columns of the database itself; these are measured and win over what a manifest claims.
-
-    Returns:
-        Strings, numbers and booleans as they are, everything else as JSON; empty values left out. Characters that a
-        column's name cannot hold are replaced by an underscore.
-    """
-    reserved = set(reserved)
-    plain: dict[str, str | int | float | bool] = {}
-    for written, value in metadata.items():
-        name = _column_name(written)
-        if name and name not in reserved and not _is_missing(value):
-            plain.setdefault(name, _plain_value(value))
-    return plain
-
-
-def _column_name(written: object) -> str:
-    name = _NOT_IN_COLUMN_NAMES.sub("_", str(written).strip())
-    return name.lstrip("_") if name.startswith("_row") else name  # Lance has _rowid and others of its own
-
-
-def _plain_value(value: Any) -> str | int | float | bool:
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
-        value = value.item()
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return str(value)
-    if isinstance(value, str) and not _is_utf8(value):
-        return value.encode("utf-8", "backslashreplace").decode()
-    return value if isinstance(value, (str, int, float, bool)) else json.dumps(value, default=str)

@@ -145,7 +145,7 @@ class ClipTable:
             ValueError: the condition cannot be understood.
         """
         with self._explained(where):
-            return self._snapshot.dataset.count_rows(where)
+            return self._snapshot.dataset.count_rows(_whole(where))
 
     def scan(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
         """Read columns of all rows, or of those that meet an SQL condition, in storage order.
@@ -162,7 +162,7 @@ class ClipTable:
         """
         self._require_columns(columns)
         with self._explained(where):
-            return self._snapshot.dataset.to_table(columns=_list(columns), filter=where)
+            return self._snapshot.dataset.to_table(columns=_list(columns), filter=_whole(where))
 
     def take(self, ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Read the rows with these ids, in this order; an id may come twice.
@@ -253,7 +253,7 @@ class ClipTable:
         self.refresh()
         number = self.count(where)
         if number:
-            self._commit(lambda dataset: dataset.delete(where))
+            self._commit(lambda dataset: dataset.delete(_whole(where)))
         return number
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
@@ -454,6 +454,11 @@ def _stamp(manifest: Path | None) -> tuple[str, int, int] | str:
     except FileNotFoundError:
         status = None
     return (manifest.name, status.st_ino, status.st_mtime_ns) if manifest and status else "collected"
+
+
+def _whole(where: str | None) -> str | None:
+    """A condition in brackets: Lance ignores in silence what follows the first expression, as in `a = 1 nonsense`."""
+    return None if where is None else f"({where})"
 
 
 def _list(columns: Sequence[str] | None) -> list[str] | None:

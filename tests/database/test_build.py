@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from motionrag.database import IndexingStopped, MotionDatabase, build
+from motionrag.database.failures import FailureLog
 from motionrag.database.schema import table_schema
+from motionrag.database.sources import Listing
 from motionrag.database.table import ClipTable
 from motionrag.video import Clip
 from tests.database.conftest import NUM_CLIPS, all_rows, keep_time, tree
@@ -394,9 +396,9 @@ def test_comparing_takes_memory_for_the_listing_only(tmp_path):
     table.append(fake_rows(range(20_000), schema, tmp_path))
     for number in range(3):
         make_video(tmp_path / f"{number:05}.mp4", seed=number)
-    listing = build.Listing("test", [Clip(str(tmp_path / f"{number:05}.mp4")) for number in range(3)])
+    listing = Listing("test", [Clip(str(tmp_path / f"{number:05}.mp4")) for number in range(3)])
     tracemalloc.start()
-    report = build.preview_clips(listing, table=table, failures=build.FailureLog(tmp_path))
+    report = build.preview_clips(listing, table=table, failures=FailureLog(tmp_path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (report.added, report.changed) == (0, 3)

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from motionrag.database import schema
+from motionrag.database import metadata, schema
 from motionrag.video import Clip
 
 TABLE = schema.table_schema({"text": 3, "image": 4, "motion": 2}, num_tokens=5, token_dim=2)
@@ -14,8 +14,8 @@ def test_table_schema():
     assert TABLE.field("text_embedding").type == pa.list_(pa.float32(), 3)
     assert TABLE.field("motion_tokens").type == TABLE.field("context_tokens").type == pa.list_(pa.float16(), 10)
     assert not any(field.nullable for field in TABLE)
-    assert schema.metadata_columns(TABLE) == []
-    assert schema.metadata_columns(TABLE.append(pa.field("motion", pa.string()))) == ["motion"]
+    assert metadata.metadata_columns(TABLE) == []
+    assert metadata.metadata_columns(TABLE.append(pa.field("motion", pa.string()))) == ["motion"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_table_schema():
 )
 def test_type_of_a_new_column(values, expected):
     rows = [{"tag": value} for value in values] + [{}]
-    assert schema.metadata_fields(rows, TABLE) == [pa.field("tag", expected, nullable=True)]
+    assert metadata.metadata_fields(rows, TABLE) == [pa.field("tag", expected, nullable=True)]
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ def test_type_of_a_new_column(values, expected):
 def test_value_for_an_existing_column(stored, value, fits):
     table = TABLE.append(pa.field("tag", stored))
     if fits:
-        assert schema.metadata_fields([{"tag": value}], table) == []
+        assert metadata.metadata_fields([{"tag": value}], table) == []
     else:
         with pytest.raises(ValueError, match=f"'tag' is .* here, but {stored} in the database; rename it"):
-            schema.metadata_fields([{"tag": value}], table)
+            metadata.metadata_fields([{"tag": value}], table)
 
 
 def test_fitted_is_what_reading_back_gives():
     table = TABLE.append(pa.field("tag", pa.string())).append(pa.field("gain", pa.float64()))
-    assert schema.fitted({"tag": True, "gain": 1, "new": 2}, table) == {"tag": "True", "gain": 1.0, "new": 2}
+    assert metadata.fitted({"tag": True, "gain": 1, "new": 2}, table) == {"tag": "True", "gain": 1.0, "new": 2}
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from motionrag.database.sources import list_clips, plain_metadata
+from motionrag.database.metadata import plain_metadata
+from motionrag.database.sources import list_clips
 from motionrag.video import Clip
 
 
