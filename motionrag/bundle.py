@@ -13,6 +13,8 @@ and base model are named by hub id, or by a folder inside the bundle as in the e
 
 import json
 import os
+import re
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ POCKET = "pocket"
 # Files that can run code when they are read.
 _UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
+
+_HUB_ID = re.compile(r"(hf-hub:)?[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _PARTS: dict[str, type[nn.Module]] = {
     "motion_resampler": Resampler,
@@ -148,7 +152,7 @@ def resolve(source: str | Path, **hub_options: Any) -> Path:
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED), **hub_options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{str(source)!r} is neither 'pocket', nor a folder, nor a bundle that the hub gives ({error})."
         ) from error
@@ -160,7 +164,7 @@ class MotionBundle:
     Args:
         config: What the parts are.
         folder: Where parts that are not given are read from.
-        unconditional_tokens: `(l d)`, motion tokens of an all-zero clip.
+        unconditional_tokens: `(l d)`, motion tokens of a grey clip (0 in [-1, 1]).
         **parts: "motion_resampler", "context_resampler", "cama", "motion_injection" as modules.
     """
 
@@ -208,7 +212,10 @@ class MotionBundle:
         return cls(BundleConfig.read(folder / "config.json"), folder=folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the bundle, in the precision that its parts have now; encoders and base model are not copied.
+        """Write the bundle, in the precision that its parts have now.
+
+        Encoders and base model that lie inside this bundle's folder are copied along; those named by a hub id stay
+        where they are.
 
         Args:
             folder: Made if it does not exist; parts of another bundle in it are replaced. Everything is written aside
@@ -235,7 +242,14 @@ class MotionBundle:
                     os.replace(Path(aside, f"{name}.safetensors"), folder / f"{name}.safetensors")
                 else:
                     (folder / f"{name}.safetensors").unlink(missing_ok=True)
+            self._copy_embedded(folder)
             os.replace(Path(aside, "config.json"), folder / "config.json")
+
+    def _copy_embedded(self, folder: Path) -> None:
+        for source in (self.config.base_model, *(entry.source for entry in self.config.encoders.values())):
+            inside = self._inside(source)
+            if inside is not None and inside != (folder / source).resolve():
+                shutil.copytree(inside, folder / source, dirs_exist_ok=True)
 
     def push_to_hub(self, repo_id: str, **hub_options: Any) -> str:
         """Upload the bundle.
@@ -299,7 +313,7 @@ class MotionBundle:
 
     @property
     def unconditional_tokens(self) -> Tensor:
-        """Motion tokens of an all-zero clip, `(l d)` float32; they stand for "no motion given" in guidance."""
+        """Motion tokens of a grey clip (0 in [-1, 1]), `(l d)` float32: "no motion given", in guidance."""
         if self._unconditional_tokens is None:
             state = self._read("unconditional_tokens")
             tokens = state.get("motion_tokens")
@@ -330,12 +344,30 @@ class MotionBundle:
             source: `base_model` or the source of an encoder.
 
         Returns:
-            Absolute folder, or the hub id as it is.
+            Absolute folder, or the hub id (owner/name) as it is.
+
+        Raises:
+            FileNotFoundError: If it is neither.
         """
+        inside = self._inside(source)
+        if (
+            inside is None
+            and not _HUB_ID.fullmatch(source)
+            and not (Path(source).is_absolute() and Path(source).is_dir())
+        ):
+            # A bare name is never asked of the hub: it would give whatever somebody called so.
+            raise FileNotFoundError(
+                f"The bundle {self.folder or 'in memory'} names {source!r}, which is no folder in it and no hub id "
+                "(owner/name); fetch the bundle again."
+            )
+        return source if inside is None else str(inside)
+
+    def _inside(self, source: str) -> Path | None:
+        """The folder of a source that lies in the bundle's own folder."""
         if self.folder is None:
-            return source
+            return None
         inside = (self.folder / source).resolve()
-        return str(inside) if inside.is_dir() and inside.is_relative_to(self.folder.resolve()) else source
+        return inside if inside.is_dir() and inside.is_relative_to(self.folder.resolve()) else None
 
     def _part(self, name: str) -> nn.Module:
         if name not in self._parts:

@@ -61,12 +61,14 @@ def index(
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding processes. Default: by the cores.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Longest time for one clip, in seconds.")] = None,
     device: Annotated[str, typer.Option(help="Where the encoders run.")] = "cpu",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first clip that cannot be read.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     as_json: AsJSON = False,
 ) -> None:
     """Add clips to a database. The same command again continues where a killed run stopped."""
     from motionrag.database import AddReport, MotionDatabase
+    from motionrag.database.manifest import Manifest
     from motionrag.database.sources import list_clips
     from motionrag.encoder import MotionEncoder
 
@@ -76,14 +78,12 @@ def index(
         report = AddReport(listing.convention, added=len(listing.clips), failed=listing.failures, dry_run=True)
         total = 0
     else:
-        chosen = None
-        if encoder is not None or text_encoder is not None or not exists:
-            chosen = MotionEncoder.from_pretrained(encoder or "pocket", text_encoder=text_encoder, device=device)
-        if exists or chosen is None:
-            database = MotionDatabase(out, encoder=chosen)
-            database.encoder.to(device)
-        else:
-            database = MotionDatabase.create(out, encoder=chosen)
+        # What is not asked for stays as the database has it.
+        stored = Manifest.read(out).encoder if exists else {"source": None, "text_encoder": None}
+        chosen = MotionEncoder.from_pretrained(
+            encoder or stored["source"] or "pocket", text_encoder=text_encoder or stored["text_encoder"], device=device
+        )
+        database = MotionDatabase(out, encoder=chosen) if exists else MotionDatabase.create(out, encoder=chosen)
         report = database.add(
             source,
             captions=captions,
@@ -92,6 +92,7 @@ def index(
             reader=reader,
             num_workers=workers,
             timeout_s=timeout,
+            retry_failed=retry_failed,
             strict=strict,
             dry_run=dry_run,
         )
@@ -172,6 +173,7 @@ def generate(
     pipe = MotionRAGPipeline.from_pretrained(
         backbone, bundle=bundle, database=database, dtype=getattr(torch, dtype.value)
     )
+    pipe.encoder.to(device)
     if offload is Offload.model:
         pipe.enable_model_cpu_offload(device=device)
     elif offload is Offload.sequential:
@@ -241,6 +243,17 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: motionrag compact db/sports")
+def compact(database: DatabasePath) -> None:
+    """Join small files of a database, and remove old versions and what killed runs left behind."""
+    from motionrag.database import MotionDatabase
+
+    opened = MotionDatabase(database)
+    before = opened.info()["bytes"]
+    opened.compact()
+    print(f"{database}: {before} bytes before, {opened.info()['bytes']} now.")
+
+
 @app.command(epilog="Example: motionrag demo clips/ --captions clips/clips.csv --out outputs/demo")
 def demo(
     clips: Annotated[Path | None, typer.Argument(help="Folder or manifest; default: clips rendered now.")] = None,
@@ -293,7 +306,8 @@ def _keep_libraries_quiet() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 

@@ -1,8 +1,8 @@
 """Key maps from the published MotionRAG checkpoints to this package's modules.
 
 Published state dicts go in, ours come out, to be loaded strictly. Every function takes keys with or without the
-prefixes of the published files, names what it does not know, and never guesses a missing tensor. What the published
-files hold, and how, is listed in `docs/parity.md`.
+prefixes of the published files, names what it does not know, and never guesses a missing tensor. How the published
+code and this one differ is listed in `docs/parity.md`.
 """
 
 import logging

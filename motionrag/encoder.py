@@ -123,7 +123,9 @@ class MotionEncoder:
     def clip_encoder(self) -> CLIPEncoder:
         """Images → retrieval embeddings."""
         entry = self._entry("clip")
-        return self._place(CLIPEncoder.from_pretrained(self._source("clip"), entry.pretrained))
+        # With a tag of weights, the source is the name of an architecture.
+        source = self._source("clip") if entry.pretrained is None else entry.source
+        return self._place(CLIPEncoder.from_pretrained(source, entry.pretrained))
 
     @cached_property
     def text_encoder(self) -> SentenceEncoder:

@@ -16,9 +16,9 @@ from motionrag.adapters import AttentionInjection, InjectedEffect
 from motionrag.backbones import Backbone, backbone_of_pipeline
 from motionrag.bundle import POCKET, MotionBundle
 from motionrag.database import MotionDatabase, Reference
-from motionrag.database.database import ImageLike
+from motionrag.database.manifest import Manifest
 from motionrag.encoder import MotionEncoder
-from motionrag.encoders.preprocessing import image_to_tensor
+from motionrag.encoders.preprocessing import ImageLike, image_to_tensor
 from motionrag.output import MotionRAGOutput
 
 
@@ -108,9 +108,9 @@ class MotionRAGPipeline:
     @database.setter
     def database(self, database: MotionDatabase | str | Path | None) -> None:
         if isinstance(database, (str, Path)):
-            database = MotionDatabase(database)
-            if database.manifest.encoder["text_encoder"] == self.encoder.text_source:
-                database = MotionDatabase(database.path, encoder=self.encoder)
+            # One set of encoders serves both, unless the database has a text encoder of its own.
+            is_shared = Manifest.read(Path(database)).encoder["text_encoder"] == self.encoder.text_source
+            database = MotionDatabase(database, encoder=self.encoder if is_shared else None)
         if database is not None:
             database.check_fingerprints(self.encoder, ["motion_tokens", "context_tokens"])
         self._database = database
@@ -148,12 +148,12 @@ class MotionRAGPipeline:
             negative_prompt: As in diffusers.
             num_references: Most references for each image; 0 gives the plain backbone's video.
             motion_scale: Strength of the injection; 0 gives the plain backbone's video.
-            references: Use these and search nothing: one list, or one for each image; best first.
+            references: Use all of these and search nothing: one list, or one for each image; best first.
             retrieval_weights: How to search: "text" (prompt against captions) and "image" (image against first frames)
                 → weight. By default by text where there is a prompt and the database has captions, else by image.
             where: SQL condition on the database's columns.
             exclude: Clips or files that must not be references.
-            min_similarity: References below this score are not used; if none is left, nothing is injected and the
+            min_similarity: Retrieved clips below this score are not used; if none is left, nothing is injected and the
                 output says so. None takes the bundle's threshold; without one, every reference is used.
             height: Pixels; None for the backbone's own.
             width: Pixels; None for the backbone's own.
@@ -170,6 +170,8 @@ class MotionRAGPipeline:
         Raises:
             ValueError: If an argument is malformed, or motion is asked for without a database or references.
         """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}.')
         images, prompts = _as_batch(image, prompt)
         is_single = not isinstance(image, (list, tuple)) and isinstance(prompt, str)
         assert self.backbone.output_size is not None  # noqa: S101 - every family with a pipeline has it
@@ -181,15 +183,14 @@ class MotionRAGPipeline:
         search = {"weights": retrieval_weights, "where": where, "exclude": exclude}
         threshold = self.bundle.config.min_similarity if min_similarity is None else min_similarity
         wants_motion = motion_scale != 0 and num_references != 0
+        if references is not None and num_references == 0:
+            raise ValueError("num_references=0 asks for the plain backbone, but references are given; leave one out.")
         found: list[list[Reference]] = [[] for _ in images]
-        if wants_motion:
-            if references is None:
-                found = [
-                    self._retrieve(*query, num_references, **search) for query in zip(pictures, prompts, strict=True)
-                ]
-            else:
-                found = _given_references(references, len(images))
-            found = [[hit for hit in hits if threshold is None or hit.score >= threshold] for hits in found]
+        if wants_motion and references is not None:
+            found = _given_references(references, len(images))
+        elif wants_motion:
+            queries = zip(pictures, prompts, strict=True)
+            found = [self._retrieve(*query, num_references, threshold, **search) for query in queries]
         abstained = [wants_motion and not hits for hits in found]
         motion_tokens = self._adapt(pixels, found) if any(found) else None
 
@@ -242,6 +243,8 @@ class MotionRAGPipeline:
         """
         self.pipeline.to(device)
         self.encoder.to(device)
+        if self.database is not None:
+            self.database.encoder.to(device)
         return self
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
@@ -276,11 +279,12 @@ class MotionRAGPipeline:
         picture: Image.Image,
         prompt: str,
         k: int,
+        threshold: float | None,
         weights: Mapping[str, float] | None,
         where: str | None,
         exclude: Any,
     ) -> list[Reference]:
-        """References for one image, best first."""
+        """References for one image that are similar enough, best first."""
         if k < 0:
             raise ValueError(f"num_references must be 0 or more, got {k}.")
         if self.database is None:
@@ -294,7 +298,7 @@ class MotionRAGPipeline:
         unknown = weights.keys() - {"text", "image"}
         if unknown:
             raise ValueError(f"retrieval_weights knows 'text' and 'image', got {sorted(unknown)}.")
-        return self.database.search(
+        hits = self.database.search(
             text=prompt if "text" in weights else None,
             image=picture if "image" in weights else None,
             k=k,
@@ -302,6 +306,7 @@ class MotionRAGPipeline:
             weights=weights,
             exclude=exclude,
         )
+        return [hit for hit in hits if threshold is None or hit.score >= threshold]
 
     def _adapt(self, pixels: Sequence[Tensor], found: Sequence[Sequence[Reference]]) -> Tensor:
         """Motion tokens `(b l d)` for the images: CAMA on their references; unconditional where there are none."""

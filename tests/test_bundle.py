@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from motionrag.adapters import AttentionInjection
 from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle, resolve
+from motionrag.encoder import MotionEncoder
 from motionrag.models import CAMA, Resampler
 
 RESAMPLER = {"input_dim": 6, "dim": 8, "output_dim": 8, "num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 4}
@@ -286,9 +287,20 @@ def test_sources_inside_the_bundle_are_folders_and_all_others_are_ids(folder):
     (folder / "encoders" / "video").mkdir(parents=True)
     bundle = MotionBundle.from_pretrained(folder)
     assert bundle.path_or_id("encoders/video") == str((folder / "encoders" / "video").resolve())
-    for outside in ("someone/base", "..", "../..", "encoders/../..", str(folder.parent)):
+    for outside in ("someone/base", "hf-hub:someone/base", str(folder.parent)):
         assert bundle.path_or_id(outside) == outside
-    assert make().path_or_id("encoders") == "encoders"
+    for nowhere in ("..", "../..", "encoders/../..", "backbone", "encoders/absent/one"):
+        with pytest.raises(FileNotFoundError, match="no folder in it and no hub id"):
+            bundle.path_or_id(nowhere)
+
+
+def test_saving_takes_embedded_encoders_and_base_model_along(tmp_path):
+    MotionBundle.from_pretrained("pocket").save_pretrained(tmp_path / "copy")
+    copy = MotionEncoder.from_pretrained(tmp_path / "copy")
+    original = MotionEncoder.from_pretrained("pocket")
+    for what in ("motion_tokens", "context_tokens", "text", "image"):
+        assert copy.fingerprint(what) == original.fingerprint(what)
+    assert (tmp_path / "copy" / "backbone" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("source", ["someone/that-does-not-exist", "./nowhere", "/nowhere/at/all", "a b c"])

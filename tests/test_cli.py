@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from PIL import Image
 
+from motionrag.bundle import MotionBundle
 from motionrag.cli import main
 from motionrag.pocket.render import render_folder
 from motionrag.video import Clip, probe, read_clip
@@ -169,6 +170,28 @@ def test_strict_indexing_fails(clips, tmp_path):
     assert (report["added"], len(report["failed"])) == (0, 1)
 
 
+def test_encoder_options_default_to_those_of_the_database(clips, tmp_path):
+    text_encoder = tmp_path / "words"
+    shutil.copytree(MotionBundle.from_pretrained("pocket").path_or_id("text_encoder"), text_encoder)
+    run_json("index", clips, "--out", tmp_path / "db", "--text-encoder", text_encoder)
+    for options in ([], ["--encoder", "pocket"], ["--text-encoder", text_encoder]):
+        assert run_json("index", clips, "--out", tmp_path / "db", *options)["unchanged"] == 18
+    assert run_json("info", tmp_path / "db")["encoder"] == {"source": "pocket", "text_encoder": str(text_encoder)}
+
+
+def test_compact_says_what_it_freed(database, tmp_path):
+    shutil.copytree(database, tmp_path / "copy")
+    done = run("compact", tmp_path / "copy")
+    assert done.returncode == 0
+    assert "bytes before" in done.stdout
+
+
+def test_demo_on_clips_that_it_renders():
+    report = run_json("demo")
+    assert (report["index"]["added"], report["index"]["failed"]) == (18, [])
+    assert all("circles" in hit["caption"] for hit in report["generation"]["references"][:3])
+
+
 def test_demo_on_a_folder(clips, tmp_path):
     out = tmp_path / "out"
     report = run_json("demo", clips, "--captions", clips / "captions.csv", "--out", out)
@@ -178,7 +201,7 @@ def test_demo_on_a_folder(clips, tmp_path):
     assert "untrained" in report["note"]
 
 
-@pytest.mark.parametrize("command", ["index", "search", "generate", "info", "verify", "demo"])
+@pytest.mark.parametrize("command", ["index", "search", "generate", "info", "verify", "compact", "demo"])
 def test_help_shows_an_example(command):
     done = run(command, "--help")
     assert done.returncode == 0

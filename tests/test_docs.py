@@ -45,8 +45,16 @@ def test_commands_print_what_they_say(workplace):
             done = run(*shlex.split(line.removeprefix("$ motionrag "), comments=True))
             assert done.returncode == 0, done.stderr
             shown = next((i for i in range(number + 1, len(lines)) if lines[i].startswith("$")), len(lines))
-            for expected in lines[number + 1 : shown]:
-                assert expected in done.stdout
+            assert set(lines[number + 1 : shown]) <= set(done.stdout.splitlines())
+
+
+def test_every_figure_names_its_command():
+    rows = [line for line in README.split("## Figures")[1].split("## ")[0].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 5
+    for row in rows:
+        what, figure, command = (cell.strip() for cell in row.strip("|").split("|"))
+        assert re.search(r"\d", figure), what
+        assert command.startswith("`"), what
 
 
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]))

@@ -420,7 +420,9 @@ def other_bundle(part):
 def test_a_database_of_another_fingerprint_is_refused(pipe, tmp_path, part, database):
     MotionDatabase.create(tmp_path / "db", encoder=MotionEncoder(other_bundle(part)))
     tokens = part.replace("_resampler", " tokens")
-    with pytest.raises(FingerprintMismatch, match=rf"holds {tokens} of fingerprint [0-9a-f]{{32}}.*reindex"):
+    with pytest.raises(
+        FingerprintMismatch, match=rf"holds {tokens} of fingerprint [0-9a-f]{{32}}.*motionrag index"
+    ):
         pipe.database = MotionDatabase(tmp_path / "db", encoder=pipe.encoder)
     with pytest.raises(FingerprintMismatch):
         pipe.database = tmp_path / "db"
@@ -661,3 +663,17 @@ def test_settings_are_complete_and_json(pipe, tmp_path):
     assert len(content["references"]) == 4
     assert content["fps"] == 8
     assert content["trained"] is False
+
+
+def test_given_references_are_used_whatever_their_score(pipe, database):
+    hits = database.search(text="anything", k=2)
+    output = run(pipe, references=hits, min_similarity=1.1)
+    assert output.references == hits
+    assert output.abstained is False
+    with pytest.raises(ValueError, match="num_references=0 asks for the plain backbone"):
+        run(pipe, references=hits, num_references=0)
+
+
+def test_latents_are_no_output(pipe):
+    with pytest.raises(ValueError, match='output_type must be "pil", "np" or "pt"'):
+        run(pipe, num_references=0, output_type="latent")

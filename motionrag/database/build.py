@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from motionrag.database.failures import FailedClip, FailureLog
+from motionrag.database.failures import FailureLog
 from motionrag.database.plan import Job, Plan, compare, new_columns
 from motionrag.database.rows import new_rows, rewritten_rows
 from motionrag.database.schema import quoted
@@ -228,12 +228,16 @@ class _Writer:
         self._rows.append(new_rows(decoded, self._table.schema, encoder))
         for job, _ in decoded:
             self._failures.forget(job.clip.uri, job.clip.start_s, job.clip.end_s)
-        if sum(map(len, self._rows)) >= COMMIT_ROWS or time.monotonic() - self._since >= COMMIT_SECONDS:
-            self.flush()
+        self._flush_if_due()
 
     def add_failure(self, job: Job, reason: str) -> None:
         clip, file = job.clip, job.file
-        self._failures.add(FailedClip(clip.uri, clip.start_s, clip.end_s, file.size, file.mtime_ns, reason))
+        self._failures.add(clip.uri, clip.start_s, clip.end_s, file.size, file.mtime_ns, reason)
+        self._flush_if_due()
+
+    def _flush_if_due(self) -> None:
+        if sum(map(len, self._rows)) >= COMMIT_ROWS or time.monotonic() - self._since >= COMMIT_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         if self._rows:

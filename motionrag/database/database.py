@@ -8,6 +8,7 @@ Everything that a generation needs of a reference is in the table: no video is d
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from motionrag.database.build import AddReport, add_clips, preview_clips
@@ -37,14 +37,12 @@ from motionrag.database.selection import eligible
 from motionrag.database.sources import list_clips
 from motionrag.database.table import ClipTable
 from motionrag.encoder import RETRIEVAL_KEYS, MotionEncoder, pool_motion
-from motionrag.encoders.preprocessing import frames_to_tensor, image_to_tensor
-from motionrag.video import Clip, read_clip
+from motionrag.encoders.preprocessing import ImageLike, frames_to_tensor, image_to_tensor
+from motionrag.video import Clip, read_clip, require_reader
 
 logger = logging.getLogger(__name__)
 
 FINGERPRINTED = ("motion_tokens", "context_tokens", "text", "image")
-
-ImageLike = str | Path | Image.Image | np.ndarray
 
 
 class FingerprintMismatch(ValueError):
@@ -166,10 +164,12 @@ class MotionDatabase:
             stored = self.manifest.fingerprints["motion_tokens" if kind == "motion" else kind]
             given = encoder.fingerprint(kind)
             if stored != given:
+                made_by = _in_words(self.manifest.encoder["source"], self.manifest.encoder["text_encoder"])
                 raise FingerprintMismatch(
-                    f"The database {self.path} holds {kind.replace('_', ' ')} of fingerprint {stored}, but this "
-                    f"encoder has {given}. Use the one that made it ({self.manifest.encoder['source']}), or reindex: "
-                    f"motionrag index CLIPS --out NEW --encoder {encoder.source or 'BUNDLE'}"
+                    f"The database {self.path} holds {kind.replace('_', ' ')} of fingerprint {stored} (made by "
+                    f"{made_by}), but this encoder ({_in_words(encoder.source, encoder.text_source)}) has {given}. "
+                    "Use the encoder that made it, or index the clips again into a new database: "
+                    "motionrag index CLIPS --out NEW --encoder … [--text-encoder …]"
                 )
 
     def add(
@@ -180,6 +180,7 @@ class MotionDatabase:
         video_column: str | None = None,
         caption_column: str | None = None,
         reader: str = "auto",
+        retry_failed: bool = False,
         strict: bool = False,
         dry_run: bool = False,
         progress: bool = True,
@@ -189,7 +190,7 @@ class MotionDatabase:
         """Index clips. The same command again continues where a killed run stopped, and adds nothing twice.
 
         Clips that cannot be read are skipped, listed in the report and in `errors.jsonl`, and not tried again until
-        their file changes.
+        their file, the reader or the time-out is another.
 
         Args:
             source: A folder, a manifest (`.csv`, `.tsv`, `.jsonl`, `.parquet`), one video, or a list of clips.
@@ -197,6 +198,7 @@ class MotionDatabase:
             video_column: Column of the manifest that names the file; None looks for the usual names.
             caption_column: Column that holds the caption; None looks for the usual names.
             reader: How to decode, as for `motionrag.video.read_clip`.
+            retry_failed: Try again what failed before, though nothing has changed since.
             strict: Stop at the first clip that cannot be read.
             dry_run: Say what would be done; decode and write nothing.
             progress: Show a progress bar on a terminal.
@@ -212,10 +214,12 @@ class MotionDatabase:
             IndexingStopped: If `strict` is set and a clip cannot be read.
             ValueError: If `source` cannot be understood.
         """
+        require_reader(reader)
         listing = list_clips(source, captions=captions, video_column=video_column, caption_column=caption_column)
+        failures = FailureLog(self.path, reader=reader, timeout_s=timeout_s, retry=retry_failed)
         if dry_run:  # writes nothing, so it needs neither the lock nor the encoder
             self.refresh()
-            return preview_clips(listing, table=self._table, failures=FailureLog(self.path))
+            return preview_clips(listing, table=self._table, failures=failures)
         self.check_fingerprints(self.encoder, FINGERPRINTED)
         with writer_lock(self.path):
             self.refresh()
@@ -223,7 +227,7 @@ class MotionDatabase:
                 listing,
                 table=self._table,
                 encoder=self.encoder,
-                failures=FailureLog(self.path),
+                failures=failures,
                 reader=reader,
                 strict=strict,
                 progress=progress,
@@ -250,6 +254,19 @@ class MotionDatabase:
             removed = self._table.delete(where)
             self._update_indexes()
         return removed
+
+    def compact(self) -> None:
+        """Join small files, and remove old versions and what killed runs left behind.
+
+        Readers that have an older version open lose it and must `refresh`.
+
+        Raises:
+            DatabaseLocked: If another process is writing.
+        """
+        with writer_lock(self.path):
+            self._table.compact()
+            self._table.collect_garbage()
+            self._update_indexes()
 
     def refresh(self) -> None:
         """Move to the newest version that a writer has committed."""
@@ -344,7 +361,7 @@ class MotionDatabase:
             "fingerprints": self.manifest.fingerprints,
             "tokens": [self.manifest.num_tokens, self.manifest.token_dim],
             "index": self._indexes.info(),
-            "bytes": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
+            "bytes": _size_on_disk(self.path),
             "created_with": self.manifest.created_with,
             "version": self._table.version,
         }
@@ -416,3 +433,17 @@ class MotionDatabase:
 
     def _tokens(self, flat: np.ndarray) -> Tensor:
         return rearrange(torch.from_numpy(flat).float(), "b (l d) -> b l d", l=self.manifest.num_tokens)
+
+
+def _in_words(source: str | None, text_encoder: str | None) -> str:
+    bundle = f"bundle {source}" if source else "a bundle in memory"
+    return bundle if text_encoder is None else f"{bundle} with text encoder {text_encoder}"
+
+
+def _size_on_disk(folder: Path) -> int:
+    """Bytes of all files; one that a writer removes meanwhile counts as nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total

@@ -18,7 +18,7 @@ _Span = tuple[str, float, float | None]  # uri, start_s, end_s
 
 @dataclass(frozen=True)
 class FailedClip:
-    """A clip that could not be decoded, and the state of its file at that time."""
+    """A clip that could not be decoded, the state of its file at that time, and how it was tried."""
 
     uri: str
     start_s: float
@@ -26,12 +26,24 @@ class FailedClip:
     file_size: int
     file_mtime_ns: int
     reason: str
+    reader: str = "auto"
+    timeout_s: float | None = None
 
 
 class FailureLog:
-    """Failures of one database, by file and span."""
+    """Failures of one database, by file and span.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: The database.
+        reader: How clips are decoded now; what failed with another reader is tried again.
+        timeout_s: Likewise the longest time for one clip.
+        retry: Try everything again.
+    """
+
+    def __init__(
+        self, folder: Path, *, reader: str = "auto", timeout_s: float | None = None, retry: bool = False
+    ) -> None:
+        self._reader, self._timeout_s, self._retry = reader, timeout_s, retry
         self._path = folder / NAME
         self._entries: dict[_Span, FailedClip] = {}
         self._changed = False
@@ -45,14 +57,21 @@ class FailureLog:
                 self._entries[entry.uri, entry.start_s, entry.end_s] = entry
 
     def find(self, uri: str, start_s: float, end_s: float | None, file_size: int, file_mtime_ns: int) -> str | None:
-        """Why a clip failed before, if its file is still the same; None if it may be tried."""
+        """Why a clip failed before, if nothing has changed since; None if it may be tried."""
         entry = self._entries.get((uri, start_s, end_s))
-        same = entry is not None and (entry.file_size, entry.file_mtime_ns) == (file_size, file_mtime_ns)
-        return entry.reason if entry is not None and same else None
+        if entry is None or self._retry:
+            return None
+        now = (file_size, file_mtime_ns, self._reader, self._timeout_s)
+        then = (entry.file_size, entry.file_mtime_ns, entry.reader, entry.timeout_s)
+        return entry.reason if now == then else None
 
-    def add(self, entry: FailedClip) -> None:
+    def add(
+        self, uri: str, start_s: float, end_s: float | None, file_size: int, file_mtime_ns: int, reason: str
+    ) -> None:
         """Remember a failure; `save` writes it."""
-        self._entries[entry.uri, entry.start_s, entry.end_s] = entry
+        self._entries[uri, start_s, end_s] = FailedClip(
+            uri, start_s, end_s, file_size, file_mtime_ns, reason, self._reader, self._timeout_s
+        )
         self._changed = True
 
     def forget(self, uri: str, start_s: float, end_s: float | None) -> None:

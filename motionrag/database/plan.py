@@ -4,7 +4,6 @@ Files are looked at and, where size or time differ from what is stored, hashed; 
 written.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,10 @@ import pyarrow.compute as pc
 
 from motionrag.database.failures import FailureLog
 from motionrag.database.metadata import fitted, metadata_columns, metadata_fields, own_metadata
-from motionrag.database.schema import clip_id
+from motionrag.database.schema import clip_id, content_hash
 from motionrag.database.sources import Failure, Listing
 from motionrag.database.table import ClipTable
 from motionrag.video import Clip
-
-_HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,11 @@ def compare(listing: Listing, table: ClipTable, failures: FailureLog) -> Plan:
                 plan.jobs.append(job)
             else:
                 plan.unreadable.add(job.clip.uri)
-                plan.failed.append(Failure(job.clip.uri, f"{reason} (tried before; skipped until the file changes)"))
+                plan.failed.append(
+                    Failure(
+                        job.clip.uri, f"{reason} (tried before; skipped until the file changes, or with retry_failed)"
+                    )
+                )
         elif _differs(rows[job.id], job, files, table.schema):
             plan.rewritten.append(job)
         else:
@@ -128,15 +129,6 @@ def new_columns(plan: Plan, table: ClipTable) -> list[pa.Field]:
         ValueError: If metadata does not fit the type of a column that exists.
     """
     return metadata_fields((own_metadata(job.clip) for job in (*plan.jobs, *plan.rewritten)), table.schema)
-
-
-def content_hash(path: str | Path) -> str:
-    """Hash of a file's bytes: 32 hexadecimal characters."""
-    digest = hashlib.blake2b(digest_size=16)
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _rows_with(column: str, values: set[str], stored: pa.Table) -> list[dict[str, Any]]:

@@ -101,5 +101,11 @@ def _text_embeddings(clips: Sequence[Clip], encoder: MotionEncoder) -> np.ndarra
     embeddings = np.zeros((len(clips), encoder.embedding_dim("text")), np.float32)
     captioned = [index for index, clip in enumerate(clips) if clip.caption]
     if captioned:
-        embeddings[captioned] = encoder.embed_texts([clips[index].caption for index in captioned]).numpy()
+        try:
+            embeddings[captioned] = encoder.embed_texts([clips[index].caption for index in captioned]).numpy()
+        except ValueError as error:
+            files = ", ".join(clips[index].uri for index in captioned)
+            raise ValueError(
+                f"A caption of {files} cannot be embedded: {error}. Change it, or leave it out."
+            ) from error
     return embeddings

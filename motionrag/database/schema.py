@@ -9,6 +9,7 @@ vectors    text_embedding, image_embedding, motion_embedding (float32, L2-normal
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ _PLAIN_FIELDS = (
     ("source", pa.string()),
     ("revision", pa.int32()),  # counts changes of the row; an index notices by it that a vector is out of date
 )
+_HASH_CHUNK = 1 << 20
+
 PLAIN_COLUMNS = tuple(name for name, _ in _PLAIN_FIELDS)
 TOKEN_COLUMNS = ("motion_tokens", "context_tokens")
 EMBEDDING_COLUMNS = ("text_embedding", "image_embedding", "motion_embedding")
@@ -93,6 +96,15 @@ def clip_of(row: Mapping[str, Any], metadata: Sequence[str]) -> Clip:
     """
     words = {name: row[name] for name in ("uri", "start_s", "end_s", "caption", "licence", "source")}
     return Clip(**words, metadata={name: row[name] for name in metadata if row[name] is not None})
+
+
+def content_hash(path: str | Path) -> str:
+    """Hash of a file's bytes: 32 hexadecimal characters."""
+    digest = hashlib.blake2b(digest_size=16)
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def clip_id(content: str, clip: Clip) -> str:

@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from motionrag.database.keys import ROW_KEY
-from motionrag.database.plan import content_hash
-from motionrag.database.schema import quoted
+from motionrag.database.schema import content_hash, quoted
 from motionrag.database.sources import absolute_path
 from motionrag.database.table import ID_LENGTH, ClipTable
 from motionrag.video import Clip

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ResizeMode = Literal["bilinear", "bicubic"]
+ImageLike = Image.Image | str | os.PathLike[str] | np.ndarray
 
 ACCEPTED_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow formats that are opened; the others (PDF, EPS, PSD, …) are parsers an image needs no trust in."""
@@ -180,7 +181,7 @@ def frames_to_tensor(frames: np.ndarray | Tensor) -> Tensor:
     return rearrange(tensor, "t h w c -> t c h w").float() / 127.5 - 1
 
 
-def image_to_tensor(image: Image.Image | str | os.PathLike[str] | np.ndarray) -> Tensor:
+def image_to_tensor(image: ImageLike) -> Tensor:
     """Turn an image into a tensor, converted the way diffusers does: EXIF rotation applied, then RGB.
 
     Alpha is dropped, palettes are looked up, of an animation the first frame is taken. 16-bit grey is scaled by its

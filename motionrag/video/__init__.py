@@ -6,6 +6,7 @@ torchcodec), `write.py` encodes. No torch here: a worker that decodes must start
 
 from motionrag.video.clip import Clip, DecodedClip, read_clip, sample_indices
 from motionrag.video.file import VideoError, VideoInfo, probe
+from motionrag.video.readers import require_reader
 from motionrag.video.write import write_video
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "VideoInfo",
     "probe",
     "read_clip",
+    "require_reader",
     "sample_indices",
     "write_video",
 ]

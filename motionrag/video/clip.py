@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from motionrag.video.file import Timeline, VideoError, VideoInfo, probe, read_timeline
-from motionrag.video.readers import READERS
+from motionrag.video.readers import READERS, require_reader
 
 _DISTRIBUTIONS = {"torchcodec": "torchcodec", "decord": "decord", "pyav": "av"}
 
@@ -40,6 +40,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", os.fspath(self.uri))
+        object.__setattr__(self, "caption", self.caption.strip())  # blank is as good as none
         if not (math.isfinite(self.start_s) and self.start_s >= 0):
             raise ValueError(f"start_s of {self.uri} is {self.start_s}; it must be zero or more seconds.")
         if self.end_s is not None and not (math.isfinite(self.end_s) and self.end_s > self.start_s):
@@ -121,8 +122,7 @@ def read_clip(clip: Clip, *, num_frames: int = 16, reader: str = "auto", in_work
             span.
         ValueError: if there is no reader of that name.
     """
-    if reader not in ("auto", *READERS):
-        raise ValueError(f"There is no video reader {reader!r}; choose from auto, {', '.join(READERS)}.")
+    require_reader(reader)
     info = probe(clip.uri)
     timeline = read_timeline(clip.uri, clip.start_s, clip.end_s)
     # A clip shorter than asked for repeats frames: decode each once.

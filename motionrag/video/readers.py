@@ -7,6 +7,7 @@ frames in it, and yields the upright pictures, uint8 `(h, w, 3)`, in that order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -145,3 +146,20 @@ READERS: dict[str, ReadFrames] = {
     "decord": read_with_decord,
     "pyav": read_with_pyav,
 }
+
+_PACKAGES = {"torchcodec": "torchcodec", "decord": "decord", "pyav": "av", "auto": "av"}
+
+
+def require_reader(reader: str) -> None:
+    """Make sure that a reader exists and is installed, before any file is blamed.
+
+    Args:
+        reader: Name of a reader, or `auto`.
+
+    Raises:
+        ValueError: If there is no such reader, or its package is missing.
+    """
+    if reader not in _PACKAGES:
+        raise ValueError(f"There is no video reader {reader!r}; choose from auto, {', '.join(READERS)}.")
+    if find_spec(_PACKAGES[reader]) is None:
+        raise ValueError(f"The video reader {reader!r} is not installed: pip install {_PACKAGES[reader]}")

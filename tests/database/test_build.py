@@ -403,3 +403,50 @@ def test_comparing_takes_memory_for_the_listing_only(tmp_path):
     tracemalloc.stop()
     assert (report.added, report.changed) == (0, 3)
     assert peak < 2e6
+
+
+def test_a_wrong_reader_blames_no_file(tmp_path, encoder):
+    (tmp_path / "clips").mkdir()
+    make_video(tmp_path / "clips" / "a.mp4")
+    database = MotionDatabase.create(tmp_path / "db", encoder=encoder)
+    with pytest.raises(ValueError, match="There is no video reader 'opencv'"):
+        database.add(tmp_path / "clips", reader="opencv")
+    assert database.add(tmp_path / "clips").added == 1
+
+
+def test_what_failed_in_another_way_is_tried_again(tmp_path, encoder):
+    pytest.importorskip("decord", reason="decord has no wheel for this machine")
+    (tmp_path / "clips").mkdir()
+    # decord 0.6 fails at this width.
+    make_video(tmp_path / "clips" / "a.mp4", size=(48, 32))
+    database = MotionDatabase.create(tmp_path / "db", encoder=encoder)
+    assert counts(database.add(tmp_path / "clips", reader="decord")) == (0, 0, 0, 1)
+    [failure] = database.add(tmp_path / "clips", reader="decord").failed
+    assert "tried before" in failure.reason
+    [failure] = database.add(tmp_path / "clips", reader="decord", retry_failed=True).failed
+    assert "tried before" not in failure.reason
+    assert counts(database.add(tmp_path / "clips")) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("caption", ["", " ", "\n", "\xa0"])
+def test_a_blank_caption_is_none(tmp_path, encoder, caption):
+    make_video(tmp_path / "a.mp4")
+    database = MotionDatabase.create(tmp_path / "db", encoder=encoder)
+    assert database.add([Clip(tmp_path / "a.mp4", caption=caption)]).added == 1
+    assert not database.has_captions
+
+
+def test_compacting_keeps_every_row_and_frees_space(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(build, "COMMIT_ROWS", 1)
+    make_video(tmp_path / "a.mp4")
+    database = MotionDatabase.create(tmp_path / "db", encoder=encoder)
+    for number in range(6):
+        database.add([Clip(tmp_path / "a.mp4", caption=f"take {number}")])
+    before = database.info()["bytes"]
+    [hit] = database.search(text="take 5", k=1)
+    database.compact()
+    assert database.info()["bytes"] < before / 2
+    [same] = MotionDatabase(tmp_path / "db", encoder=encoder).search(text="take 5", k=1)
+    assert (same.id, same.score, same.clip.caption) == (hit.id, hit.score, "take 5")
+    assert torch.equal(same.motion_tokens, hit.motion_tokens)
+    assert MotionDatabase(tmp_path / "db", encoder=encoder).verify() == []
