@@ -186,8 +186,9 @@ class _Worker:
         """End the process now and for ever; `decode`, if it waits in another thread, returns."""
         with self._starting:
             self._may_start = False
-            if self._running is not None:
-                self._running[0].kill()
+            running = self._running  # the worker's own thread may close it meanwhile
+            if running is not None:
+                running[0].kill()
 
     def close(self) -> None:
         """End the process and release its pipe."""

@@ -420,9 +420,7 @@ def other_bundle(part):
 def test_a_database_of_another_fingerprint_is_refused(pipe, tmp_path, part, database):
     MotionDatabase.create(tmp_path / "db", encoder=MotionEncoder(other_bundle(part)))
     tokens = part.replace("_resampler", " tokens")
-    with pytest.raises(
-        FingerprintMismatch, match=rf"holds {tokens} of fingerprint [0-9a-f]{{32}}.*motionrag index"
-    ):
+    with pytest.raises(FingerprintMismatch, match=rf"holds {tokens} of fingerprint [0-9a-f]{{32}}.*motionrag index"):
         pipe.database = MotionDatabase(tmp_path / "db", encoder=pipe.encoder)
     with pytest.raises(FingerprintMismatch):
         pipe.database = tmp_path / "db"

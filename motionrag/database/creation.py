@@ -4,6 +4,7 @@ import glob
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -61,5 +62,6 @@ def _prefix(path: Path) -> str:
 def _remove_leftovers(path: Path) -> None:
     """Remove what creations of the same database left behind that were killed long ago."""
     for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        if time.time() - leftover.stat().st_mtime > _LEFTOVER_S:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another creation may finish meanwhile
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_S:
+                shutil.rmtree(leftover, ignore_errors=True)

@@ -11,6 +11,7 @@ from motionrag.database.index import VectorIndex
 # A mixed search over approximate indexes compares this many times k candidates of every key exactly, at least these.
 _CANDIDATES_PER_RESULT = 20
 _MIN_CANDIDATES = 200
+_CHUNK_ROWS = 8192  # scored at a time, so that memory stays flat
 _ROUNDING = 1e-5  # how far a FAISS score can lie from the one computed here, for unit vectors
 
 
@@ -53,7 +54,10 @@ def rank(
     """
     candidates = [_candidates(indexes[key], query, k, ids, mixed=len(queries) > 1) for key, query in queries.items()]
     found = np.unique(np.concatenate(candidates))
-    columns = {key: _scores(indexes[key], query, found) for key, query in queries.items()}
+    if len(found) > _CHUNK_ROWS:  # single precision tells which rows can be among the best
+        coarse = sum(weights[key] * _scores(indexes[key], query, found, np.float32) for key, query in queries.items())
+        found = found[coarse >= np.partition(coarse, -k)[-k] - _ROUNDING]
+    columns = {key: _scores(indexes[key], query, found, np.float64) for key, query in queries.items()}
     total = np.sum([weights[key] * column.astype(np.float64) for key, column in columns.items()], axis=0)
     best = np.lexsort((found, -total))[:k]
     return [
@@ -76,7 +80,7 @@ def normalised_weights(weights: Mapping[str, float] | None, keys: Sequence[str])
         ValueError: If a key has no weight, a weight has no key, or none is positive.
     """
     given = dict.fromkeys(keys, 1.0) if weights is None else dict(weights)
-    finite = all(math.isfinite(weight) and weight >= 0 for weight in given.values())
+    finite = all(isinstance(each, (int, float)) and math.isfinite(each) and each >= 0 for each in given.values())
     if given.keys() != set(keys) or not finite or sum(given.values()) <= 0:
         raise ValueError(
             f"weights must give a number of 0 or more to each of {', '.join(keys)}, not all 0; got {given}."
@@ -103,9 +107,13 @@ def _candidates(index: VectorIndex, query: np.ndarray, k: int, ids: np.ndarray |
         wanted *= 4
 
 
-def _scores(index: VectorIndex, query: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Similarities `(n)` in double precision, rounded, so that equal vectors score equally wherever they lie."""
+def _scores(index: VectorIndex, query: np.ndarray, ids: np.ndarray, precision: type[np.floating]) -> np.ndarray:
+    """Similarities `(n)` float32, chunk by chunk; in double precision equal vectors score equally wherever they lie."""
     positions = index.positions_of(ids)
     scores = np.zeros(len(ids), np.float32)
-    scores[positions >= 0] = index.vectors(positions[positions >= 0]).astype(np.float64) @ query.astype(np.float64)
+    query = query.astype(precision)
+    held = np.flatnonzero(positions >= 0)
+    for start in range(0, len(held), _CHUNK_ROWS):
+        rows = held[start : start + _CHUNK_ROWS]
+        scores[rows] = index.vectors(positions[rows]).astype(precision, copy=False) @ query
     return scores

@@ -118,8 +118,8 @@ class ClipTable:
             try:
                 with writer_lock(path.parent):
                     table._set_aside()
-            except DatabaseLocked:
-                logger.warning("%s: the unreadable version is left for the writer at work to set aside", path)
+            except (DatabaseLocked, OSError) as error:  # a writer at work, or a disk that takes no writing
+                logger.warning("%s: the unreadable version is left where it is: %s", path, error)
         return table
 
     @property

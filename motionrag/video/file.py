@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -282,9 +283,10 @@ def _stated_duration_s(container: InputContainer, stream: VideoStream) -> float 
     """Seconds of the video stream as the header says; of the container if it holds nothing else."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
-    if "DURATION" in stream.metadata:  # Matroska and WebM: "00:00:07.500000000"
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    # Matroska and WebM: "00:00:07.500000000"; what is written otherwise says nothing.
+    if stated := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, stated.groups())
+        return 3600 * hours + 60 * minutes + seconds
     if container.duration is not None and len(container.streams) == 1:
         return container.duration / 1e6
     return None

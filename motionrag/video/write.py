@@ -1,4 +1,4 @@
-"""Write frames to an MP4 or GIF file, at exactly their size and frame rate. Reading is in `video.py`."""
+"""Write frames to an MP4 or GIF file, at exactly their size and frame rate. Reading is in `clip.py`."""
 
 import os
 from collections.abc import Sequence

@@ -111,9 +111,27 @@ def test_normalised_weights():
         {"text": 0, "image": 0},
         {"text": 1, "image": float("nan")},
         {"text": 1, "image": float("inf")},
+        {"text": 1, "image": "1"},
         {},
     ],
 )
 def test_wrong_weights(weights):
     with pytest.raises(ValueError, match="number of 0 or more to each of text, image, not all 0; got"):
         normalised_weights(weights, ["text", "image"])
+
+
+def test_a_mix_over_many_rows_is_exact():
+    chance = np.random.default_rng(0)
+    keys = np.zeros(20_000, ROW_KEY)
+    keys["id"] = [f"{number:032x}".encode() for number in range(len(keys))]
+    vectors, queries = {}, {}
+    for key in ("text", "image"):
+        drawn = chance.standard_normal((len(keys) + 1, 8), dtype=np.float32)
+        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+        vectors[key], queries[key] = drawn[1:], drawn[0]
+    vectors = {key: np.repeat(each[:10_000], 2, axis=0) for key, each in vectors.items()}  # every score twice
+    indexes = {key: VectorIndex.build(each, keys) for key, each in vectors.items()}
+    weights = {"text": 0.3, "image": 0.7}
+    total = sum(weights[key] * (vectors[key].astype(np.float64) @ queries[key]) for key in vectors)
+    best = np.lexsort((keys["id"], -total))[:7]
+    assert [hit.id.encode() for hit in rank(indexes, queries, weights, 7)] == list(keys["id"][best])
