@@ -28,6 +28,8 @@ MIN_TIMEOUT_S = 30.0
 TIMEOUT_PER_CLIP_SECOND = 5.0
 # For a whole file, whose length is not known before it is opened: five times real time at 8 Mbit/s.
 TIMEOUT_PER_BYTE_S = 5e-6
+# Clips after which a worker is replaced, for decoders leak.
+RECYCLE_AFTER = 300
 # A worker whose parent was killed ends itself this long after its clip should have been ready.
 ORPHAN_GRACE_S = 5
 START_TIMEOUT_S = 60.0
@@ -37,7 +39,7 @@ _WORKER_PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from motionrag.decoding import serve
-serve(int(sys.argv[2]), json.loads(sys.argv[3]))
+serve(int(sys.argv[2]))
 """
 
 
@@ -52,8 +54,6 @@ def decode_clips(
     num_frames: int = 16,
     num_workers: int | None = None,
     timeout_s: float | None = None,
-    recycle_after: int = 300,
-    memory_limit_bytes: int | None = None,
     decode: Decode = read_clip_in_worker,
 ) -> Generator[tuple[int, DecodedClip | VideoError], None, None]:
     """Decode clips in worker processes and yield them in their order, a few ahead of the caller.
@@ -67,9 +67,6 @@ def decode_clips(
         num_workers: processes; default: one for each core but one, at most 8.
         timeout_s: seconds a clip may take; default: 30, or 5 for each second of the clip, or 5 for each megabyte
             of a whole file, whichever is more.
-        recycle_after: clips after which a worker is replaced, for decoders leak.
-        memory_limit_bytes: address space of a worker; default: no limit. Counts what is reserved, not only what
-            is used: allow 2 GB and more.
         decode: what a worker does with a clip and `num_frames`: a function that a module can be asked for by name.
 
     Returns:
@@ -80,7 +77,7 @@ def decode_clips(
         RuntimeError: where processes cannot inherit a socket (Windows), or if a worker does not start.
     """
     num_workers = default_num_workers() if num_workers is None else num_workers
-    for name, value in (("num_workers", num_workers), ("recycle_after", recycle_after), ("num_frames", num_frames)):
+    for name, value in (("num_workers", num_workers), ("num_frames", num_frames)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if timeout_s is not None and timeout_s <= 0:
@@ -89,7 +86,7 @@ def decode_clips(
         raise ValueError("decode is defined in the main script, which workers do not import; put it into a module.")
     if os.name != "posix":
         raise RuntimeError("decode_clips needs a POSIX system; call read_clip for each clip instead.")
-    return _decode_in_order(clips, num_frames, num_workers, timeout_s, recycle_after, memory_limit_bytes, decode)
+    return _decode_in_order(clips, num_frames, num_workers, timeout_s, decode)
 
 
 def default_num_workers() -> int:
@@ -103,8 +100,6 @@ def _decode_in_order(
     num_frames: int,
     num_workers: int,
     timeout_s: float | None,
-    recycle_after: int,
-    memory_limit_bytes: int | None,
     decode: Decode,
 ) -> Generator[tuple[int, DecodedClip | VideoError], None, None]:
     workers: list[_Worker] = []
@@ -112,7 +107,7 @@ def _decode_in_order(
 
     def own_worker() -> None:
         # Held by the thread, so that the garbage collector cannot finalise its pipe before this generator.
-        of_thread.worker = _Worker(recycle_after, memory_limit_bytes)
+        of_thread.worker = _Worker()
         workers.append(of_thread.worker)
 
     def decode_one(clip: Clip) -> DecodedClip | VideoError:
@@ -160,9 +155,7 @@ class _Worker:
     `decode` is called by one thread at a time; `kill` may be called by another at any moment.
     """
 
-    def __init__(self, recycle_after: int, memory_limit_bytes: int | None) -> None:
-        self._recycle_after = recycle_after
-        self._memory_limit_bytes = memory_limit_bytes
+    def __init__(self) -> None:
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
         self._served = 0
         self._may_start = True
@@ -200,13 +193,13 @@ class _Worker:
             self._running = None
 
     def _ready(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        if self._running is not None and self._running[0].poll() is None and self._served < self._recycle_after:
+        if self._running is not None and self._running[0].poll() is None and self._served < RECYCLE_AFTER:
             return self._running
         self.close()
         with self._starting:
             if not self._may_start:
                 raise RuntimeError("This worker was stopped.")
-            process, connection = self._running = _start_process(self._memory_limit_bytes)
+            process, connection = self._running = _start_process()
         self._served = 0
         try:
             # The worker reports that it is up; what takes long after that is the fault of a clip.
@@ -218,13 +211,12 @@ class _Worker:
         raise RuntimeError("A decoding process did not start; what it printed to standard error says why.")
 
 
-def _start_process(memory_limit_bytes: int | None) -> tuple[subprocess.Popen[bytes], Connection]:
+def _start_process() -> tuple[subprocess.Popen[bytes], Connection]:
     connection, childs_end = Pipe()
     search_path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
-    arguments = [search_path, str(childs_end.fileno()), json.dumps(memory_limit_bytes)]
     with childs_end:
         process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER_PROGRAM, *arguments],
+            [sys.executable, "-c", _WORKER_PROGRAM, search_path, str(childs_end.fileno())],
             pass_fds=[childs_end.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -244,17 +236,12 @@ def _describe_exit(process: subprocess.Popen[bytes]) -> str:
     return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
 
 
-def serve(file_descriptor: int, memory_limit_bytes: int | None) -> None:
+def serve(file_descriptor: int) -> None:
     """Decode what is asked for over a pipe until it closes; this is the main program of a worker.
 
     Args:
         file_descriptor: the worker's end of the pipe.
-        memory_limit_bytes: address space allowed, or None.
     """
-    if memory_limit_bytes is not None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     # The system's own action is to end the process, which works even if a decoder holds the interpreter lock.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # A pipe without a parent at its other end means that there is nobody to work for.
@@ -272,8 +259,6 @@ def _decode_or_explain(job: _Job) -> DecodedClip | VideoError:
         return job.decode(job.clip, job.num_frames)
     except VideoError as error:
         return error
-    except MemoryError:
-        return VideoError(f"{job.clip.uri} needs more memory than a decoding process may use.")
     except Exception as error:
         # A clip may not stop a run of thousands; the caller receives the error in its place.
         return VideoError(f"{job.clip.uri} cannot be decoded: {type(error).__name__}: {error}")

@@ -27,7 +27,7 @@ def misbehave(clip: Clip, num_frames: int) -> DecodedClip:
     elif clip.caption == "exit":
         os._exit(3)
     elif clip.caption == "memory":
-        np.ones(2**33, np.uint8)
+        np.empty(2**56, np.uint8)
     elif clip.caption == "bug":
         raise KeyError("a fault of the decoder")
     elif clip.caption == "slow":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from motionrag import decoding
 from motionrag.decoding import decode_clips, default_num_workers
 from motionrag.video import Clip, DecodedClip, VideoError, read_clip
 from tests import bad_decoders
@@ -95,6 +96,7 @@ def test_hang_that_holds_the_interpreter_lock_is_killed(video):
         ("segfault", "crashed (signal 11, Segmentation fault"),
         ("exit", "crashed (exit code 3)"),
         ("bug", "KeyError: 'a fault of the decoder'"),
+        ("memory", "MemoryError: Unable to allocate 64.0 PiB"),
     ],
 )
 def test_crash_costs_one_clip(video, caption, reason):
@@ -105,17 +107,9 @@ def test_crash_costs_one_clip(video, caption, reason):
     assert isinstance(results[2], DecodedClip)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces the limit of the address space")
-def test_memory_limit(video):
-    clips = [Clip(video), Clip(video, caption="memory"), Clip(video)]
-    results = dict(decode_clips(clips, num_workers=1, memory_limit_bytes=4 * 2**30, decode=bad_decoders.misbehave))
-    assert "needs more memory than a decoding process may use" in str(results[1])
-    assert isinstance(results[0], DecodedClip)
-    assert isinstance(results[2], DecodedClip)
-
-
-def test_workers_are_recycled(video):
-    results = decode_clips([Clip(video)] * 5, num_workers=1, recycle_after=2, decode=bad_decoders.tell_process)
+def test_workers_are_recycled(video, monkeypatch):
+    monkeypatch.setattr(decoding, "RECYCLE_AFTER", 2)
+    results = decode_clips([Clip(video)] * 5, num_workers=1, decode=bad_decoders.tell_process)
     first, second, third, fourth, fifth = (result.reader for _, result in results)
     assert first == second != third == fourth != fifth
 
@@ -162,6 +156,27 @@ def test_closing_does_not_wait_for_a_hanging_clip(video):
     start = time.monotonic()
     results.close()
     assert time.monotonic() - start < 5
+
+
+def test_killing_a_worker_that_its_own_thread_closes_meanwhile():
+    class Closing(decoding._Worker):
+        """Has a process when it is first looked at, and none from then on."""
+
+        @property
+        def _running(self):
+            running, self._left = self._left, None
+            return running
+
+        @_running.setter
+        def _running(self, running):
+            self._left = running
+
+    worker = Closing()
+    process, connection = decoding._start_process()
+    worker._running = (process, connection)
+    worker.kill()
+    assert process.wait(5) == -signal.SIGKILL
+    connection.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -235,7 +250,7 @@ def test_workers_start_light(tmp_path):
 
 
 def test_arguments_are_checked_at_once(video):
-    for wrong in ({"num_workers": 0}, {"recycle_after": 0}, {"num_frames": 0}):
+    for wrong in ({"num_workers": 0}, {"num_frames": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is 0; it must be at least 1"):
             decode_clips([Clip(video)], **wrong)
     with pytest.raises(ValueError, match="timeout_s is 0; it must be more than 0 seconds"):

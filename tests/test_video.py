@@ -432,3 +432,15 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         write_video(path, np.zeros((2, 2, 40_000, 3), np.uint8), 8)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    "tag", [b"00:00:xx.000000000", b"one minute, or two", b"03.00000000000000 ", b"00:00:nan         "]
+)
+def test_malformed_duration_tag_states_nothing(tmp_path, tag):
+    path = make_video(tmp_path / "a.mkv")
+    content = path.read_bytes()
+    assert content.count(b"00:00:03.000000000") == 1
+    path.write_bytes(content.replace(b"00:00:03.000000000", tag))
+    assert probe(path).duration_s == pytest.approx(3)  # as the container says
+    assert read_clip(Clip(path), num_frames=4).num_frames == 24

@@ -169,7 +169,8 @@ class MotionDatabase:
                     f"The database {self.path} holds {kind.replace('_', ' ')} of fingerprint {stored} (made by "
                     f"{made_by}), but this encoder ({_in_words(encoder.source, encoder.text_source)}) has {given}. "
                     "Use the encoder that made it, or index the clips again into a new database: "
-                    "motionrag index CLIPS --out NEW --encoder … [--text-encoder …]"
+                    f"motionrag index CLIPS --out NEW --encoder {encoder.source or 'BUNDLE'}"
+                    + (f" --text-encoder {encoder.text_source}" if encoder.text_source else "")
                 )
 
     def add(

@@ -148,25 +148,37 @@ class VectorIndex:
         return scores, positions
 
     def scores(self, query: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Inner products of one query with the vectors at these positions.
+        """Inner products of one query with the vectors at these positions; an exact index does not copy its vectors.
 
         Args:
             query: (d,) float.
             positions: (n,) integers.
 
         Returns:
-            (n,) float32; exact unless the factory rounds vectors (SQ, PQ, PCA).
+            (n,) float32, in single precision; of the rounded vectors where the factory rounds them (SQ, PQ, PCA).
+
+        Raises:
+            ValueError: malformed query, or a position that is not here.
         """
-        query = self._checked_queries(rearrange(np.asarray(query), "d -> 1 d"))[0]
-        return self.vectors(positions) @ query
+        queries = self._checked_queries(rearrange(np.asarray(query), "d -> 1 d"))
+        positions = self._checked_positions(positions)
+        scores = np.empty(len(positions), np.float32)
+        if self.is_exact and len(positions):
+            pointer = faiss_module().swig_ptr
+            self.faiss_index.compute_distance_subset(
+                1, pointer(queries), len(positions), pointer(scores), pointer(positions)
+            )
+            return scores
+        for start in range(0, len(positions), _CHUNK_ROWS):
+            chunk = slice(start, start + _CHUNK_ROWS)
+            scores[chunk] = self.vectors(positions[chunk]) @ queries[0]
+        return scores
 
     def vectors(self, positions: np.ndarray) -> np.ndarray:
         """Stored vectors, as far as the index keeps them: (n, d) float32."""
-        positions = np.ascontiguousarray(positions, np.int64)
+        positions = self._checked_positions(positions)
         if not len(positions):
             return np.empty((0, self.dimension), np.float32)
-        if positions.min() < 0 or positions.max() >= len(self):
-            raise ValueError(f"positions must lie in 0 … {len(self) - 1}")
         return self.faiss_index.reconstruct_batch(positions)
 
     def positions_of(self, ids: np.ndarray) -> np.ndarray:
@@ -341,6 +353,13 @@ class VectorIndex:
             if recall >= TARGET_RECALL:
                 break
         return effort, recall
+
+    def _checked_positions(self, positions: np.ndarray) -> np.ndarray:
+        """As FAISS reads them, which would read beyond its memory for a wrong one."""
+        positions = np.ascontiguousarray(positions, np.int64)
+        if len(positions) and (positions.min() < 0 or positions.max() >= len(self)):
+            raise ValueError(f"positions must lie in 0 … {len(self) - 1}")
+        return positions
 
     def _checked_queries(self, queries: np.ndarray) -> np.ndarray:
         queries = np.ascontiguousarray(queries, np.float32)

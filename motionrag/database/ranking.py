@@ -1,7 +1,7 @@
 """Ranking rows by the weighted mean of their similarities over several indexes. Arrays in, ids out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from motionrag.database.index import VectorIndex
 # A mixed search over approximate indexes compares this many times k candidates of every key exactly, at least these.
 _CANDIDATES_PER_RESULT = 20
 _MIN_CANDIDATES = 200
-_CHUNK_ROWS = 8192  # scored at a time, so that memory stays flat
+_CHUNK_ROWS = 8192  # compared in double precision at a time, so that memory stays flat
 _ROUNDING = 1e-5  # how far a FAISS score can lie from the one computed here, for unit vectors
 
 
@@ -54,11 +54,11 @@ def rank(
     """
     candidates = [_candidates(indexes[key], query, k, ids, mixed=len(queries) > 1) for key, query in queries.items()]
     found = np.unique(np.concatenate(candidates))
-    if len(found) > _CHUNK_ROWS:  # single precision tells which rows can be among the best
-        coarse = sum(weights[key] * _scores(indexes[key], query, found, np.float32) for key, query in queries.items())
-        found = found[coarse >= np.partition(coarse, -k)[-k] - _ROUNDING]
-    columns = {key: _scores(indexes[key], query, found, np.float64) for key, query in queries.items()}
-    total = np.sum([weights[key] * column.astype(np.float64) for key, column in columns.items()], axis=0)
+    if len(found) > k:  # single precision tells which rows can be among the best, ties with the k-th included
+        quick = _mean({key: _scores(VectorIndex.scores, indexes[key], queries[key], found) for key in queries}, weights)
+        found = found[quick >= np.partition(quick, -k)[-k] - 2 * _ROUNDING]
+    columns = {key: _scores(_scores_in_double, indexes[key], query, found) for key, query in queries.items()}
+    total = _mean(columns, weights)
     best = np.lexsort((found, -total))[:k]
     return [
         Hit(found[row].decode(), float(total[row]), {key: float(column[row]) for key, column in columns.items()})
@@ -107,13 +107,29 @@ def _candidates(index: VectorIndex, query: np.ndarray, k: int, ids: np.ndarray |
         wanted *= 4
 
 
-def _scores(index: VectorIndex, query: np.ndarray, ids: np.ndarray, precision: type[np.floating]) -> np.ndarray:
-    """Similarities `(n)` float32, chunk by chunk; in double precision equal vectors score equally wherever they lie."""
+def _mean(columns: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Weighted mean `(n)` of the scores by each key, in double precision."""
+    return np.sum([weights[key] * column.astype(np.float64) for key, column in columns.items()], axis=0)
+
+
+def _scores(
+    compare: Callable[[VectorIndex, np.ndarray, np.ndarray], np.ndarray],
+    index: VectorIndex,
+    query: np.ndarray,
+    ids: np.ndarray,
+) -> np.ndarray:
+    """Similarities `(n)` float32 by `compare`; 0 for rows that the index does not hold."""
     positions = index.positions_of(ids)
+    held = positions >= 0
     scores = np.zeros(len(ids), np.float32)
-    query = query.astype(precision)
-    held = np.flatnonzero(positions >= 0)
-    for start in range(0, len(held), _CHUNK_ROWS):
-        rows = held[start : start + _CHUNK_ROWS]
-        scores[rows] = index.vectors(positions[rows]).astype(precision, copy=False) @ query
+    scores[held] = compare(index, query, positions[held])
+    return scores
+
+
+def _scores_in_double(index: VectorIndex, query: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Similarities `(n)` in double precision, chunk by chunk: equal vectors score equally wherever they lie."""
+    scores = np.empty(len(positions))
+    for start in range(0, len(positions), _CHUNK_ROWS):
+        chunk = slice(start, start + _CHUNK_ROWS)
+        scores[chunk] = index.vectors(positions[chunk]).astype(np.float64) @ query.astype(np.float64)
     return scores

@@ -8,7 +8,9 @@ import csv
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,6 @@ LICENCE_COLUMNS = ("licence", "license")
 # As JSON writes them: `007`, `1_000` and `nan` are words. At most 18 digits fit 64 bits.
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,2})?", re.ASCII)
-# A column of the table cannot have these in its name.
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,12 @@ def _from_folder(folder: Path, columns: _Columns) -> Listing:
         ignored = len(_left_out(folder, listing))
         note = f"; {ignored} videos that it does not list are left out" if ignored else ""
         return replace(listing, convention=f"VideoFolder with {metadata[0].name}{note}")
-    videos = _videos_in(folder)
+    videos = dict(_videos_in(folder))
     if not videos:
         raise ValueError(f"{folder} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) and no metadata.csv.")
-    root = os.path.realpath(folder)
 
     def labelled(video: str) -> Clip:
-        label = Path(video).parent.relative_to(root).as_posix()
-        return replace(_with_caption_beside(video), metadata={"label": label} if label != "." else {})
+        return replace(_with_caption_beside(video), metadata={"label": videos[video]} if videos[video] else {})
 
     clips, failures = _sorted_out(videos, labelled)
     captioned = sum(bool(clip.caption) for clip in clips)
@@ -352,24 +351,47 @@ def _text(value: Any) -> str:
 
 def _left_out(folder: Path, listing: Listing) -> list[str]:
     """Videos in a folder that a manifest does not list."""
-    listed = {clip.uri for clip in listing.clips} | {failure.uri for failure in listing.failures}
-    return [video for video in _videos_in(folder) if video not in listed]
+    listed = {clip.uri for clip in listing.clips}
+    for failure in listing.failures:  # named as written, perhaps by way of a link to a folder
+        listed.add(failure.uri)
+        with suppress(ValueError):  # such as a null byte, which no video here has
+            listed.add(absolute_path(failure.uri))
+    return [video for video, _ in _videos_in(folder) if video not in listed]
 
 
-def _videos_in(folder: Path) -> list[str]:
-    """Videos in a folder and those below it, sorted; hidden files and folders are passed over."""
+def _videos_in(folder: Path) -> list[tuple[str, str]]:
+    """Videos in a folder and those below it, sorted, each with the way to its folder ("" for the first one).
+
+    Hidden files and folders are passed over. Links to folders are followed; their videos have the names that
+    `absolute_path` gives them.
+    """
     return sorted(_walk(os.path.realpath(folder)))
 
 
-def _walk(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):  # checkpoints of notebooks, "._x.mp4" of macOS, caches
-                continue
+def _walk(root: str) -> Iterator[tuple[str, str]]:
+    """Visit every folder once, so that loops of links end, and under its own name where it has one below `root`."""
+    visited: set[tuple[int, int]] = set()
+    folders, links = [(root, "")], deque[tuple[str, str]]()
+    while folders or links:
+        path, way = folders.pop() if folders else links.popleft()
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        for entry in _visible(path):
+            below = f"{way}/{entry.name}" if way else entry.name
             if entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path)
+                folders.append((entry.path, below))
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                links.append((os.path.realpath(entry.path), below))
             elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES and entry.is_file():
-                yield entry.path
+                yield entry.path, way
+
+
+def _visible(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name, without checkpoints of notebooks, "._x.mp4" of macOS, caches."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _sorted_out(videos: Iterable[str], make: Callable[[str], Clip]) -> tuple[list[Clip], list[Failure]]:

@@ -277,6 +277,12 @@ def test_leftovers_of_killed_creations(tmp_path, encoder):
     assert sorted(tmp_path.iterdir()) == [fresh, tmp_path / "db"]  # the fresh one may be at work
 
 
+def test_a_leftover_that_vanishes_while_it_is_looked_at(tmp_path, encoder):
+    vanished = tmp_path / ".db.creating-other"
+    vanished.symlink_to(tmp_path / "nowhere")  # listed, but not there when its age is asked for
+    assert len(MotionDatabase.create(tmp_path / "db", encoder=encoder)) == 0
+
+
 def test_databases_created_side_by_side(tmp_path, encoder):
     """Eight threads make four databases; each comes into being once."""
     encoder.num_frames  # noqa: B018  loads the parts, which is not what is raced here

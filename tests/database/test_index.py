@@ -88,6 +88,19 @@ def test_flat_is_exact():
         np.testing.assert_allclose(index.scores(query, truth), scores[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16"])
+def test_scores_of_chosen_positions(factory, monkeypatch):
+    monkeypatch.setattr("motionrag.database.index._CHUNK_ROWS", 64)
+    vectors, query = unit(300), unit(1, seed=1)[0]
+    index = VectorIndex.build(vectors, keys(range(300)), factory)
+    for positions in ([], [299], [5, 5, 0], np.random.default_rng(0).permutation(300)[::-1]):
+        chosen = np.array(positions, np.int64)
+        np.testing.assert_allclose(index.scores(query, chosen), vectors[chosen] @ query, atol=1e-6)
+    for wrong in (-1, 300):
+        with pytest.raises(ValueError, match="positions must lie in 0 … 299"):
+            index.scores(query, np.array([0, wrong]))
+
+
 def test_mask_edges():
     index = VectorIndex.build(unit(100), keys(range(100)), "IVF8,Flat")
     query = unit(2, seed=1)

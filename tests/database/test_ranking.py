@@ -1,5 +1,7 @@
 """Ranking against brute force, ties, and weights."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -135,3 +137,24 @@ def test_a_mix_over_many_rows_is_exact():
     total = sum(weights[key] * (vectors[key].astype(np.float64) @ queries[key]) for key in vectors)
     best = np.lexsort((keys["id"], -total))[:7]
     assert [hit.id.encode() for hit in rank(indexes, queries, weights, 7)] == list(keys["id"][best])
+
+
+def test_a_mix_of_more_results_than_rows_gives_all_rows():
+    vectors = unit(np.random.default_rng(0).standard_normal((9000, 4)))
+    index = VectorIndex.build(vectors, keys(range(9000)))
+    hits = rank(
+        {"text": index, "image": index}, {"text": vectors[0], "image": vectors[1]}, {"text": 0.5, "image": 0.5}, 10**4
+    )
+    assert len({hit.id for hit in hits}) == 9000
+
+
+def test_a_mix_over_many_rows_copies_few_vectors():
+    vectors = unit(np.random.default_rng(0).standard_normal((20_000, 64)))
+    index = VectorIndex.build(vectors, keys(range(20_000)))
+    queries = {"text": vectors[0], "image": vectors[1]}
+    rank({"text": index, "image": index}, queries, {"text": 0.5, "image": 0.5}, 9)  # fills what is cached
+    tracemalloc.start()
+    rank({"text": index, "image": index}, queries, {"text": 0.5, "image": 0.5}, 9)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < vectors.nbytes

@@ -71,6 +71,45 @@ def test_links_keep_their_name(folder, tmp_path):
     assert [failure.reason for failure in listing.failures] == ["row 2 of list.csv: there is no such file"]
 
 
+def test_links_to_folders_are_followed(folder, tmp_path):
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "link").symlink_to(folder)
+    (shop / "nowhere").symlink_to(tmp_path / "nowhere")
+    (shop / "itself").symlink_to("itself")
+    (shop / ".hidden").symlink_to(tmp_path)
+    (folder / "b.txt").write_text("a caption")
+    (folder / "back").symlink_to(shop)
+    (folder / "a shortcut").symlink_to(folder / "sub")
+    listing = list_clips(shop)
+    assert [clip.uri for clip in listing.clips] == [
+        str(folder / name) for name in ("a.MP4", "b.mp4", "c d é.webm", "sub/deep/e.mov")
+    ]
+    assert [clip.caption for clip in listing.clips] == ["", "a caption", "", ""]
+    assert [clip.metadata["label"] for clip in listing.clips] == ["link", "link", "link", "link/sub/deep"]
+    assert listing.failures == []
+
+
+@pytest.mark.parametrize("link", ["0 before", "z after"])
+def test_a_folder_goes_by_its_own_name_before_that_of_a_link(folder, link):
+    (folder / link).symlink_to(folder / "sub" / "deep")
+    listing = list_clips(folder)
+    assert [(Path(clip.uri).name, dict(clip.metadata)) for clip in listing.clips][3:] == [
+        ("e.mov", {"label": "sub/deep"})
+    ]
+
+
+def test_an_entry_refused_behind_a_link_is_not_listed_without_its_caption(folder, tmp_path):
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "link").symlink_to(folder)
+    captions = manifest(tmp_path, '{"file": "link/b.mp4"}\n{"file": "x\\u0000y/z.mp4"}\n', "list.jsonl")
+    listing = list_clips(shop, captions=captions)
+    assert names(listing) == ["a.MP4", "c d é.webm", "e.mov"]
+    assert "leads out of" in listing.failures[0].reason
+    assert len(listing.failures) == 2
+
+
 def test_caption_that_is_not_utf8_is_listed(folder):
     (folder / "b.txt").write_bytes(b"caf\xe9")
     listing = list_clips(folder)

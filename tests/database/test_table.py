@@ -289,6 +289,21 @@ def test_recovery_beside_a_writer_waits_for_the_next_write(path):
     assert ids(ClipTable.open(path)) == [*range(3, 20), 81]
 
 
+def test_recovery_where_nothing_can_be_set_aside(path, caplog):
+    newest(path).write_bytes(b"")
+    obstacle = path.parent / "_quarantine"
+    obstacle.write_text("not a folder")
+    table = ClipTable.open(path)
+    assert ids(table) == list(range(3, 20))
+    assert "the unreadable version is left where it is" in caplog.text
+    assert str(obstacle) in caplog.text
+    with pytest.raises(FileExistsError):  # a commit on top of the damaged version would be lost
+        table.append(rows([81]))
+    obstacle.unlink()
+    table.append(rows([81]))
+    assert ids(ClipTable.open(path)) == [*range(3, 20), 81]
+
+
 def test_lost_version_number_used_again_is_another_version(path):
     """A reader of the lost version 5 moves to the new version 5, though the number is the same."""
     reader = ClipTable.open(path)
