@@ -32,11 +32,13 @@ class IdLookup:
             (m,) int64: where each is in `ids`; −1 where it is not.
         """
         wanted = np.ascontiguousarray(wanted, ROW_KEY["id"])
-        places = np.searchsorted(self._hashes, _hashes(wanted))
-        found = np.append(self._order, -1)[places]
-        wrong = np.append(self._ids, [b""])[found] != wanted
-        # Absent, or behind another id of the same hash, which is too rare to be quick about.
-        for row in np.flatnonzero(wrong | (found < 0)):
+        hashes = _hashes(wanted)
+        places = np.searchsorted(self._hashes, hashes)
+        hit = np.append(self._hashes, 0)[places] == hashes
+        found = np.where(hit, np.append(self._order, -1)[places], -1)
+        wrong = hit & (np.append(self._ids, [b""])[found] != wanted)
+        # Behind another id of the same hash, which is too rare to be quick about.
+        for row in np.flatnonzero(wrong):
             same = np.flatnonzero(self._ids == wanted[row])
             found[row] = same[0] if len(same) else -1
         return found

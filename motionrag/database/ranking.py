@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def normalised_weights(weights: Mapping[str, float] | None, keys: Sequence[str])
         ValueError: If a key has no weight, a weight has no key, or none is positive.
     """
     given = dict.fromkeys(keys, 1.0) if weights is None else dict(weights)
-    finite = all(isinstance(each, (int, float)) and math.isfinite(each) and each >= 0 for each in given.values())
+    finite = all(isinstance(each, Real) and math.isfinite(each) and each >= 0 for each in given.values())
     if given.keys() != set(keys) or not finite or sum(given.values()) <= 0:
         raise ValueError(
             f"weights must give a number of 0 or more to each of {', '.join(keys)}, not all 0; got {given}."
