@@ -289,9 +289,10 @@ def main() -> None:
     _keep_libraries_quiet()
     try:
         app([argument for argument in arguments if argument != "--debug"])
-    except KeyboardInterrupt:
-        print("Interrupted. What was committed is stored; the same command continues.", file=sys.stderr)
-        raise SystemExit(1) from None
+    except SystemExit as ended:
+        if ended.code == 130:  # what Typer makes of Ctrl-C, without a word
+            print("Interrupted. What was committed is stored; the same command continues.", file=sys.stderr)
+        raise
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         if debug:
             raise

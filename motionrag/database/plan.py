@@ -5,7 +5,7 @@ written.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def compare(listing: Listing, table: ClipTable, failures: FailureLog) -> Plan:
             wanted[job.id] = job
     plan.unchanged = len(jobs) - len(wanted)
     for job in wanted.values():
+        if job.id in rows:
+            job = replace(job, clip=_completed(job.clip, rows[job.id], metadata))
         if job.id not in rows:
             reason = failures.find(job.clip.uri, job.clip.start_s, job.clip.end_s, job.file.size, job.file.mtime_ns)
             if reason is None:
@@ -158,6 +160,18 @@ def _inspect(uri: str, rows: Sequence[Mapping[str, Any]]) -> SourceFile:
         if (row["file_size"], row["file_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
             return SourceFile(stat.st_size, stat.st_mtime_ns, row["content"])
     return SourceFile(stat.st_size, stat.st_mtime_ns, content_hash(uri))
+
+
+def _completed(clip: Clip, row: Mapping[str, Any], metadata: Sequence[str]) -> Clip:
+    """What a source does not state stays as it is stored: indexing again without captions erases none."""
+    stored = {name: row[name] for name in metadata if row[name] is not None}
+    return replace(
+        clip,
+        caption=clip.caption or row["caption"],
+        licence=clip.licence or row["licence"],
+        source=clip.source or row["source"],
+        metadata={**stored, **own_metadata(clip)},
+    )
 
 
 def _differs(row: Mapping[str, Any], job: Job, files: Mapping[str, SourceFile], schema: pa.Schema) -> bool:

@@ -72,7 +72,10 @@ def _write_mp4(path: Path, pictures: np.ndarray, fps: float) -> None:
 
     height, width = pictures.shape[1:3]
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "15"})
+        # One thread: with several, x264 writes other bytes for the same frames from run to run.
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "15", "threads": "1"}
+        )
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
         # What swscale computes unless told otherwise; written down, so that players do not guess by size.

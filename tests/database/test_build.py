@@ -296,7 +296,7 @@ def test_metadata_of_several_types_and_later_columns(empty, clips):
     later = captions_csv(clips, ["wave_pan.mp4,3,True,late", "car_pan.mp4,1,True,"], "file,whole,new,newer")
     assert counts(empty.add(later)) == (1, 1, 0, 0)
     assert (row_of(empty, "wave_pan.mp4")["newer"], row_of(empty, "car_zoom.mp4")["newer"]) == ("late", None)
-    assert row_of(empty, "car_pan.mp4")["word"] is None  # the manifest no longer says so
+    assert row_of(empty, "car_pan.mp4")["word"] == "x"  # not stated any more, so it stays
     assert len(empty.search(motion=torch.ones(25, 64), where="whole >= 2 AND newer IS NULL")) == 1
 
 
@@ -450,3 +450,13 @@ def test_compacting_keeps_every_row_and_frees_space(tmp_path, encoder, monkeypat
     assert (same.id, same.score, same.clip.caption) == (hit.id, hit.score, "take 5")
     assert torch.equal(same.motion_tokens, hit.motion_tokens)
     assert MotionDatabase(tmp_path / "db", encoder=encoder).verify() == []
+
+
+def test_indexing_again_without_captions_erases_none(tmp_path, encoder):
+    video = make_video(tmp_path / "a.mp4")
+    database = MotionDatabase.create(tmp_path / "db", encoder=encoder)
+    database.add([Clip(video, caption="a car", licence="CC0", metadata={"motion": "pan"})])
+    assert counts(database.add([Clip(video)])) == (0, 0, 1, 0)
+    assert counts(database.add([Clip(video, caption="a red car")])) == (0, 1, 0, 0)
+    [row] = all_rows(database)
+    assert (row["caption"], row["licence"], row["motion"]) == ("a red car", "CC0", "pan")
