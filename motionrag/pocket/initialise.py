@@ -1,17 +1,14 @@
-"""Makes the pocket's weights: every part a real library class at a small size, seeded, not trained.
+"""Makes the pocket's weights as training finds them: every part a real library class at a small size, seeded.
 
-    python -m motionrag.pocket.initialise motionrag/pocket/weights
-
-Text retrieval works nevertheless: the sentence encoder is a bag of random word vectors, weighted so that common words
-count little, and compares captions by the words that they share.
+The sentence encoder and the text encoder stay as they are made here. Text retrieval works nevertheless: the former is
+a bag of random word vectors, weighted so that common words count little, and compares captions by the words that they
+share; the latter gives the backbone one random vector for every piece of a word, which is all that it needs.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from motionrag.adapters import AttentionInjection
 from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle
@@ -24,10 +21,10 @@ if TYPE_CHECKING:
 SEED = 0
 LICENCE = "Apache-2.0"
 VOCABULARY = 8192
-NUM_TOKENS, TOKEN_DIM = 25, 64
+NUM_TOKENS, TOKEN_DIM = 25, 96
 SIZE, NUM_FRAMES = 64, 17  # pixels; frames that the backbone makes
-FEATURE_DIM = 96
-PROMPT_TOKENS = 48
+MOTION_DIM, CONTEXT_DIM, SENTENCE_DIM = 128, 96, 64
+PROMPT_TOKENS = 24
 
 
 def word_tokenizer() -> "Tokenizer":
@@ -65,7 +62,7 @@ def sentence_encoder() -> SentenceEncoder:
     tokenizer = word_tokenizer()
     tokenizer.post_processor = None
     rarity = torch.log1p(torch.arange(VOCABULARY, dtype=torch.float32))
-    vectors = torch.randn(VOCABULARY, FEATURE_DIM) * rarity[:, None] / rarity.max()
+    vectors = torch.randn(VOCABULARY, SENTENCE_DIM) * rarity[:, None] / rarity.max()
     return SentenceEncoder(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors.numpy())]))
 
 
@@ -78,26 +75,26 @@ def video_encoder() -> VideoMAEEncoder:
         patch_size=16,
         num_frames=16,
         tubelet_size=2,
-        hidden_size=FEATURE_DIM,
-        num_hidden_layers=2,
+        hidden_size=MOTION_DIM,
+        num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=2 * FEATURE_DIM,
+        intermediate_size=4 * MOTION_DIM,
         use_mean_pooling=False,
     )
     return VideoMAEEncoder.from_pretrained(config)
 
 
 def image_encoder() -> DINOv2Encoder:
-    """DINOv2: 56 pixels to a class token and 16 positions."""
+    """DINOv2: 64 pixels to a class token and 64 positions."""
     from transformers import Dinov2Config
 
     config = Dinov2Config(
-        image_size=56,
-        patch_size=14,
-        hidden_size=FEATURE_DIM,
-        num_hidden_layers=2,
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=CONTEXT_DIM,
+        num_hidden_layers=3,
         num_attention_heads=4,
-        mlp_ratio=2,
+        mlp_ratio=4,
     )
     return DINOv2Encoder.from_pretrained(config)
 
@@ -107,7 +104,7 @@ def clip_encoder() -> CLIPEncoder:
     return CLIPEncoder.from_pretrained(
         {
             "embed_dim": 64,
-            "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16},
+            "vision_cfg": {"image_size": SIZE, "layers": 3, "width": 96, "head_width": 24, "patch_size": 8},
             "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
         }
     )
@@ -123,31 +120,34 @@ def backbone() -> Any:
     )
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    latent_channels, text_dim, spatial_factor = 4, 32, 4
+    latent_channels, text_dim, spatial_factor = 8, 32, 4
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(16, 16, 16),
+        block_out_channels=(16, 32, 64),
         down_block_types=("CogVideoXDownBlock3D",) * 3,
         up_block_types=("CogVideoXUpBlock3D",) * 3,
         layers_per_block=1,
         latent_channels=latent_channels,
-        norm_num_groups=4,
-        temporal_compression_ratio=4,
+        norm_num_groups=8,
+        temporal_compression_ratio=1,  # a factor of 4 blurs what moves
         sample_height=SIZE,
         sample_width=SIZE,
     )
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4,
-        attention_head_dim=16,
+        attention_head_dim=64,
         in_channels=2 * latent_channels,
         out_channels=latent_channels,
-        num_layers=3,
+        num_layers=5,
+        patch_size=4,
         text_embed_dim=text_dim,
         time_embed_dim=64,
         max_text_seq_length=PROMPT_TOKENS,
         sample_height=SIZE // spatial_factor,
         sample_width=SIZE // spatial_factor,
         sample_frames=NUM_FRAMES,
-        use_rotary_positional_embeddings=True,
+        temporal_compression_ratio=1,
+        use_rotary_positional_embeddings=True,  # both, as in CogVideoX-5B-I2V
+        use_learned_positional_embeddings=True,
     )
     text_encoder = T5EncoderModel(
         T5Config(vocab_size=VOCABULARY, d_model=text_dim, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
@@ -160,7 +160,8 @@ def backbone() -> Any:
         model_max_length=PROMPT_TOKENS,
     )
     scheduler = CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
+        # The latents of a patch fill half the transformer's width: noise would not fit through beside them.
+        prediction_type="sample", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
     )
     return CogVideoXImageToVideoPipeline(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
@@ -168,7 +169,7 @@ def backbone() -> Any:
 
 
 def initialise(folder: str | Path) -> None:
-    """Write the whole pocket: bundle, encoders and backbone, in float16.
+    """Write the whole pocket: bundle, encoders and backbone, in float32.
 
     Args:
         folder: Made if it does not exist.
@@ -183,30 +184,23 @@ def initialise(folder: str | Path) -> None:
         "text_encoder": sentence_encoder(),
     }
     resampler = {
-        "input_dim": FEATURE_DIM,
         "dim": TOKEN_DIM,
         "output_dim": TOKEN_DIM,
         "num_queries": NUM_TOKENS,
         "depth": 2,
         "num_heads": 4,
-        "head_dim": 16,
+        "head_dim": 24,
     }
-    cama = {"dim": TOKEN_DIM, "depth": 2, "num_heads": 4, "ff_dim": 4 * TOKEN_DIM, "num_tokens": NUM_TOKENS}
+    motion_resampler = {"input_dim": MOTION_DIM, **resampler}
+    context_resampler = {"input_dim": CONTEXT_DIM, **resampler}
+    cama = {"dim": TOKEN_DIM, "depth": 4, "num_heads": 4, "ff_dim": 4 * TOKEN_DIM, "num_tokens": NUM_TOKENS}
     injection = AttentionInjection.for_model(pipeline.transformer, token_dim=TOKEN_DIM)
-    for name, weight in injection.named_parameters():
-        if name.endswith("to_v.weight"):  # zero, the start of training, would show nothing
-            nn.init.normal_(weight, std=0.02)
-    motion_resampler = Resampler(**resampler)
-    grey = torch.zeros(1, 16, 3, SIZE, SIZE)
     parts: dict[str, Any] = {
-        "motion_resampler": motion_resampler.half().float(),  # the values that will be stored
-        "context_resampler": Resampler(**resampler),
+        "motion_resampler": Resampler(**motion_resampler),
+        "context_resampler": Resampler(**context_resampler),
         "cama": CAMA(**cama),
         "motion_injection": injection,
     }
-    video = encoders["video_encoder"].half().float()
-    with torch.no_grad():
-        unconditional_tokens = motion_resampler(video(grey))[0]
     config = BundleConfig(
         backbone="cogvideox",
         base_model="backbone",
@@ -217,8 +211,8 @@ def initialise(folder: str | Path) -> None:
             "text": EncoderSource("text_encoder", LICENCE),
         },
         parts={
-            "motion_resampler": resampler,
-            "context_resampler": resampler,
+            "motion_resampler": motion_resampler,
+            "context_resampler": context_resampler,
             "cama": cama,
             "motion_injection": injection.config(),
         },
@@ -226,12 +220,8 @@ def initialise(folder: str | Path) -> None:
         licence=LICENCE,
         base_model_licence=LICENCE,
     )
-    pipeline.to(torch.float16).save_pretrained(folder / "backbone")
+    pipeline.save_pretrained(folder / "backbone")
     for name, encoder in encoders.items():
-        encoder.half().save_pretrained(folder / name)
-    halves = {name: part.half() for name, part in parts.items()}
-    MotionBundle(config, unconditional_tokens=unconditional_tokens.half(), **halves).save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    initialise(sys.argv[1])
+        encoder.save_pretrained(folder / name)
+    unconditional_tokens = torch.zeros(NUM_TOKENS, TOKEN_DIM)  # follow from the trained resampler
+    MotionBundle(config, unconditional_tokens=unconditional_tokens, **parts).save_pretrained(folder)

@@ -1,0 +1,171 @@
+"""Training clips of the pocket's world, rendered once into a folder of arrays and read from there."""
+
+import json
+import multiprocessing
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from motionrag.pocket.world import FAMILIES, NUM_FRAMES, SIZE, TRAINED_FAMILIES, Dynamics, WorldClip, training_clip
+from motionrag.pocket.world.scene import COLOURS, SHAPES
+
+MAX_THINGS = 3
+MAX_PARAMETERS = max(len(family.parameters) for family in FAMILIES.values())
+FLOW_GRID = 8
+_CHUNK = 64
+
+
+class PocketClips(Dataset):
+    """Clips of the world with their ground truth; clip i is always the same for a seed.
+
+    Args:
+        count: How many.
+        seed: Of the set.
+        folder: Where rendered sets are kept; a set that is there is not rendered again.
+        num_workers: Processes that render.
+    """
+
+    def __init__(self, count: int, *, seed: int = 0, folder: str = "outputs/pocket/world", num_workers: int = 2) -> None:
+        self.folder = Path(folder) / f"{seed}-{count}"
+        if not (self.folder / "captions.json").exists():  # written last
+            _render_all(self.folder, count, seed, num_workers)
+        self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
+        self.captions: list[list[str]] = json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One clip.
+
+        Args:
+            index: Which.
+
+        Returns:
+            `video` `(t c h w)` in [-1, 1], `caption`, `plain_caption`, `index`, and the ground truth: `family`,
+            `parameters` `(p)` as shares of their ranges and NaN where there is none, `tracks` `(n t 2)` in pixels and
+            NaN where there is no thing, `masks` `(t h w)`, `flow` `(t 8 8 2)` in pixels from frame 0, `colours` and
+            `shapes` `(n)` with -1 where there is no thing.
+        """
+        caption, plain_caption = self.captions[index]
+        sample: dict[str, Any] = {
+            name: torch.from_numpy(np.array(values[index])) for name, values in self.arrays.items() if name != "frames"
+        }
+        return {
+            **sample,
+            "video": self.video(index),
+            "caption": caption,
+            "plain_caption": plain_caption,
+            "index": index,
+        }
+
+    def video(self, index: int) -> Tensor:
+        """Pixels of one clip.
+
+        Args:
+            index: Which.
+
+        Returns:
+            `(t c h w)` in [-1, 1].
+        """
+        frames = torch.from_numpy(np.array(self.arrays["frames"][index]))
+        return rearrange(frames, "t h w c -> t c h w").float() / 127.5 - 1
+
+
+class PocketFrames(Dataset):
+    """Single frames of the world, for the autoencoder.
+
+    Args:
+        clips: Where they are taken from.
+    """
+
+    def __init__(self, clips: PocketClips) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips) * NUM_FRAMES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One frame.
+
+        Args:
+            index: Of the frame.
+
+        Returns:
+            `video` `(1 c h w)` in [-1, 1] and `masks` `(1 h w)`.
+        """
+        clip, time = divmod(index, NUM_FRAMES)
+        frame = torch.from_numpy(np.array(self.clips.arrays["frames"][clip, time]))
+        masks = torch.from_numpy(np.array(self.clips.arrays["masks"][clip, time]))
+        return {"video": rearrange(frame, "h w c -> 1 c h w").float() / 127.5 - 1, "masks": masks[None]}
+
+
+def arrays_of(clip: WorldClip) -> dict[str, np.ndarray]:
+    """What is stored of a clip: fixed shapes, whatever the number of things and parameters.
+
+    Args:
+        clip: With flow.
+
+    Returns:
+        Name → array.
+    """
+    things = len(clip.things)
+    tracks = np.full((MAX_THINGS, NUM_FRAMES, 2), np.nan, np.float32)
+    tracks[:things] = clip.tracks
+    colours, shapes = np.full((2, MAX_THINGS), -1, np.int64)
+    colours[:things] = [list(COLOURS).index(each.colour) for each in clip.things]
+    shapes[:things] = [SHAPES.index(each.shape) for each in clip.things]
+    parameters = np.full(MAX_PARAMETERS, np.nan, np.float32)
+    shares = Dynamics(clip.family, clip.parameters).normalised
+    parameters[: len(shares)] = list(shares.values())
+    middle = SIZE // FLOW_GRID // 2
+    step = SIZE // FLOW_GRID
+    family = TRAINED_FAMILIES.index(clip.family) if clip.family in TRAINED_FAMILIES else -1
+    return {
+        "frames": clip.frames,
+        "tracks": tracks,
+        "masks": clip.masks,
+        "flow": clip.flow[:, middle::step, middle::step].astype(np.float16),
+        "family": np.array(family),
+        "parameters": parameters,
+        "colours": colours,
+        "shapes": shapes,
+    }
+
+
+def _render_chunk(seed: int, start: int, stop: int) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+    clips = [training_clip(seed, index) for index in range(start, stop)]
+    rows = [arrays_of(clip) for clip in clips]
+    captions = [[clip.caption, clip.plain_caption] for clip in clips]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, captions
+
+
+def _render_all(folder: Path, count: int, seed: int, num_workers: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    starts = range(0, count, _CHUNK)
+    arrays: dict[str, np.ndarray] = {}
+    captions: list[list[str]] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        stops = [min(count, start + _CHUNK) for start in starts]
+        chunks = pool.map(_render_chunk, [seed] * len(starts), starts, stops)
+        for start, stop, (rows, texts) in zip(starts, stops, tqdm(chunks, "render", len(starts)), strict=True):
+            for name, values in rows.items():
+                if name not in arrays:
+                    arrays[name] = np.lib.format.open_memmap(
+                        folder / f"{name}.npy", "w+", values.dtype, (count, *values.shape[1:])
+                    )
+                arrays[name][start:stop] = values
+            captions += texts
+    for values in arrays.values():
+        values.flush()  # type: ignore[attr-defined] # open_memmap gives a memmap
+    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")

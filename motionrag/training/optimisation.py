@@ -1,0 +1,47 @@
+"""The optimiser of every stage: AdamW, linear warm-up, then constant or down to zero along a cosine."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    warmup_steps: int,
+    decay_steps: int | None,
+) -> dict[str, Any]:
+    """Build what `configure_optimizers` returns.
+
+    Args:
+        parameters: What is trained.
+        learning_rate: The highest.
+        weight_decay: For matrices; vectors (biases, norms) are not decayed.
+        warmup_steps: Steps up to the highest learning rate.
+        decay_steps: Step at which a cosine reaches zero; None keeps it constant after warm-up.
+
+    Returns:
+        Optimiser and scheduler, as Lightning takes them.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if decay_steps is None:
+            return 1.0
+        share = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+        return 0.5 * (1 + math.cos(math.pi * share))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
