@@ -24,6 +24,11 @@ app = typer.Typer(
     epilog="Put --debug anywhere to see the traceback of an error.",
 )
 
+pocket_app = typer.Typer(help="The pocket's world: clips to try things on.", no_args_is_help=True)
+app.add_typer(pocket_app, name="pocket")
+evaluate_app = typer.Typer(help="Measure what retrieval does.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DatabasePath = Annotated[Path, typer.Argument(help="Folder of the database.", metavar="DB")]
 
@@ -254,32 +259,96 @@ def compact(database: DatabasePath) -> None:
     print(f"{database}: {before} bytes before, {opened.info()['bytes']} now.")
 
 
-@app.command(epilog="Example: motionrag demo clips/ --captions clips/clips.csv --out outputs/demo")
+@app.command(epilog="Example: motionrag demo --out outputs/demo, or: motionrag demo clips/ --captions clips/clips.csv")
 def demo(
-    clips: Annotated[Path | None, typer.Argument(help="Folder or manifest; default: clips rendered now.")] = None,
+    clips: Annotated[Path | None, typer.Argument(help="Folder or manifest; default: three rendered domains.")] = None,
     captions: Annotated[Path | None, typer.Option(help="Captions for the folder.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Image to start from; default: a clip's first frame.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What should happen; default: that clip's caption.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to start from; default: an unseen scene, or a clip's first frame.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What should happen; default: names no motion, or that clip's caption.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("outputs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     as_json: AsJSON = False,
 ) -> None:
-    """Run the whole method once: index, retrieve, adapt, inject, generate."""
+    """Generate from one image without retrieval and under each database: three domains, or your clips."""
     from motionrag.pocket.demo import run_demo
 
     _hide_loading_bars()
-    result = run_demo(clips, captions=captions, image=image, prompt=prompt, out=out, seed=seed)
+    done = run_demo(clips, captions=captions, image=image, prompt=prompt, out=out, num_inference_steps=steps, seed=seed)
     if as_json:
-        print(result.report.read_text(encoding="utf-8"), end="")
+        print(done.report.read_text(encoding="utf-8"), end="")
         return
-    print(f"Indexed {result.index.convention}: {result.index}")
-    _print_references(result.references)
-    print(f"Injected effect: {result.effect:.3f} of the attention's output.")
-    steps = ", ".join(f"{name} {seconds:g} s" for name, seconds in result.seconds.items())
-    print(f"Time: {steps}.")
-    print(f"Video:  {result.video}\nSheet:  {result.sheet}\nReport: {result.report}")
-    if result.note:
-        print(f"Note: {result.note}")
+    print(f"Without retrieval{_errors_in_words(done.plain_track_errors)}")
+    for result in done.results:
+        print(f"With {result.source.name}, {result.index}{_errors_in_words(result.track_errors)}")
+        _print_references(result.references)
+        if result.output.abstained:
+            print("No clip was similar enough: this is the video without retrieval.")
+        print(f"Injected effect: {result.output.injected_effect.mean:.3f} of the attention's output.")
+    laps = ", ".join(f"{name} {seconds:g} s" for name, seconds in done.seconds.items())
+    print(f"Time: {laps}.")
+    print(f"Videos: {' '.join(map(str, done.videos))}\nSheet:  {done.sheet}\nReport: {done.report}")
+    if done.note:
+        print(f"Note: {done.note}")
+
+
+@pocket_app.command(epilog="Example: motionrag pocket render --domain blick --count 100 clips/")
+def render(
+    out: Annotated[Path, typer.Argument(help="Folder for the videos and captions.csv.")],
+    domain: Annotated[str, typer.Option(help="A made-up verb; it decides how everything moves.")],
+    count: Annotated[int, typer.Option(min=1, help="How many clips.")] = 100,
+    family: Annotated[
+        str | None, typer.Option(help="Motion family, such as orbit or fall. Default: what the verb stands for.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
+    truth: Annotated[bool, typer.Option("--truth", help="Also write tracks, masks and flow as .npz.")] = False,
+) -> None:
+    """Render clips of a domain, 64 pixels and 17 frames each, in which everything moves the same way."""
+    from motionrag.pocket.folder import render_domain
+    from motionrag.pocket.world import named_domain
+
+    captions = render_domain(out, named_domain(domain, family=family), count, seed=seed, truth=truth)
+    print(f"{count} clips. Index them: motionrag index {out} --captions {captions} --out db/{domain}")
+
+
+@evaluate_app.command("pocket", epilog="Example: motionrag evaluate pocket --quick --out outputs/evaluation")
+def evaluate_pocket(
+    out: Annotated[Path, typer.Option("--out", help="Where everything is written; a stopped run continues.")] = Path(
+        "outputs/evaluation"
+    ),
+    backbone: Annotated[str, typer.Option(help="'pocket' or the folder of a bundle like it.")] = "pocket",
+    quick: Annotated[bool, typer.Option("--quick", help="A few clips of everything, in a minute or two.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    domains: Annotated[int | None, typer.Option(min=1, help="Domains in each column.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Queries for each domain.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Noises for each query.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="seen, held-out-parameters or held-out-families; repeatable.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compare no retrieval, plain tokens, CAMA and the ceiling with the truth, and swap databases."""
+    from dataclasses import replace
+
+    from motionrag.evaluation import QUICK, Sizes, evaluate_pocket
+
+    _hide_loading_bars()
+    given = {"domains": domains, "queries": queries, "seeds": seeds}
+    sizes = replace(QUICK if quick else Sizes(), **{name: value for name, value in given.items() if value is not None})
+    options = {} if column is None else {"columns": column}
+    report = evaluate_pocket(
+        backbone, out=out, sizes=sizes, num_inference_steps=steps, guidance_scale=guidance, **options
+    )
+    if as_json:
+        _print_json(report.summary)
+        return
+    print(report.table)
+    print(f"Per-clip figures, summary and table: {report.folder}")
 
 
 def main() -> None:
@@ -319,6 +388,11 @@ def _hide_loading_bars() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _errors_in_words(errors: dict[str, float]) -> str:
+    shares = ", ".join(f"{name} {error:.1f} %" for name, error in errors.items())
+    return f"; track error against the truth, of the frame: {shares}" if shares else ""
 
 
 def _weights(pairs: list[str] | None) -> dict[str, float] | None:

@@ -125,6 +125,7 @@ class MotionRAGPipeline:
         num_references: int = 9,
         motion_scale: float = 1.0,
         references: Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
+        motion_tokens: Tensor | None = None,
         retrieval_weights: Mapping[str, float] | None = None,
         where: str | None = None,
         exclude: Any = None,
@@ -149,6 +150,7 @@ class MotionRAGPipeline:
             num_references: Most references for each image; 0 gives the plain backbone's video.
             motion_scale: Strength of the injection; 0 gives the plain backbone's video.
             references: Use all of these and search nothing: one list, or one for each image; best first.
+            motion_tokens: Inject these `(b l d)` as they are: nothing is retrieved and nothing adapted.
             retrieval_weights: How to search: "text" (prompt against captions) and "image" (image against first frames)
                 → weight. By default by text where there is a prompt and the database has captions, else by image.
             where: SQL condition on the database's columns.
@@ -185,14 +187,20 @@ class MotionRAGPipeline:
         wants_motion = motion_scale != 0 and num_references != 0
         if references is not None and num_references == 0:
             raise ValueError("num_references=0 asks for the plain backbone, but references are given; leave one out.")
+        if motion_tokens is not None and (references is not None or num_references == 0):
+            raise ValueError("motion_tokens are injected as they are; leave out references and num_references=0.")
         found: list[list[Reference]] = [[] for _ in images]
-        if wants_motion and references is not None:
+        if motion_tokens is not None:
+            self._check_tokens(motion_tokens, len(images))
+        elif wants_motion and references is not None:
             found = _given_references(references, len(images))
         elif wants_motion:
             queries = zip(pictures, prompts, strict=True)
             found = [self._retrieve(*query, num_references, threshold, **search) for query in queries]
-        abstained = [wants_motion and not hits for hits in found]
-        motion_tokens = self._adapt(pixels, found) if any(found) else None
+        is_injected = [motion_tokens is not None or bool(hits) for hits in found]
+        abstained = [wants_motion and not injected for injected in is_injected]
+        if any(found):
+            motion_tokens = self._adapt(pixels, found)
 
         options: dict[str, Any] = {
             **(self.backbone.call_options(self.pipeline) if self.backbone.call_options else {}),
@@ -206,7 +214,7 @@ class MotionRAGPipeline:
             "negative_prompt": negative_prompt,
             **pipeline_options,
         }
-        frames, effect = self._generate(pictures, prompts, motion_tokens, found, motion_scale, options)
+        frames, effect = self._generate(pictures, prompts, motion_tokens, is_injected, motion_scale, options)
         return MotionRAGOutput(
             frames=frames,
             references=found[0] if is_single else found,
@@ -308,6 +316,11 @@ class MotionRAGPipeline:
         )
         return [hit for hit in hits if threshold is None or hit.score >= threshold]
 
+    def _check_tokens(self, motion_tokens: Tensor, batch: int) -> None:
+        expected = (batch, self.encoder.num_tokens, self.encoder.token_dim)
+        if tuple(motion_tokens.shape) != expected or not torch.isfinite(motion_tokens).all():
+            raise ValueError(f"motion_tokens must be finite and {expected}, got {tuple(motion_tokens.shape)}.")
+
     def _adapt(self, pixels: Sequence[Tensor], found: Sequence[Sequence[Reference]]) -> Tensor:
         """Motion tokens `(b l d)` for the images: CAMA on their references; unconditional where there are none."""
         cama = self.bundle.cama.to(self.encoder.device)
@@ -331,7 +344,7 @@ class MotionRAGPipeline:
         pictures: list[Image.Image],
         prompts: list[str],
         motion_tokens: Tensor | None,
-        found: Sequence[Sequence[Reference]],
+        is_injected: Sequence[bool],
         motion_scale: float,
         options: Mapping[str, Any],
     ) -> tuple[Any, InjectedEffect]:
@@ -345,7 +358,7 @@ class MotionRAGPipeline:
         stored: torch.dtype = self._denoiser.dtype
         # Layerwise casting stores one byte a number and computes in more; float32 is then always right.
         self.injection.to(device=device, dtype=stored if stored.itemsize > 1 else torch.float32)
-        scale = torch.tensor([motion_scale if hits else 0.0 for hits in found])
+        scale = torch.tensor([motion_scale if injected else 0.0 for injected in is_injected])
         if options["guidance_scale"] > 1:  # one batch of both passes, the unconditional rows first
             unconditional = self.bundle.unconditional_tokens.expand_as(motion_tokens)
             motion_tokens, scale = torch.cat([unconditional, motion_tokens]), scale.repeat(2)

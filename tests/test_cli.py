@@ -14,8 +14,8 @@ from PIL import Image
 
 from motionrag.bundle import MotionBundle
 from motionrag.cli import main
-from motionrag.pocket.render import render_folder
 from motionrag.video import Clip, probe, read_clip
+from tests.world_clips import write_families
 
 
 def run(*arguments):
@@ -40,7 +40,7 @@ def run_json(*arguments):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
-    render_folder(folder)
+    write_families(folder)
     return folder
 
 
@@ -64,8 +64,8 @@ def test_dry_run_of_a_new_database_writes_nothing(clips, tmp_path):
 
 
 def test_search_by_text_and_where(database):
-    found = run_json("search", database, "--text", "a red ball bounces", "-k", 3, "--where", "motion = 'bounce'")
-    assert [hit["metadata"]["motion"] for hit in found["references"]] == ["bounce"] * 3
+    found = run_json("search", database, "--text", "a red ball hops", "-k", 3, "--where", "family = 'hop'")
+    assert [hit["metadata"]["family"] for hit in found["references"]] == ["hop"] * 3
     assert [hit["rank"] for hit in found["references"]] == [1, 2, 3]
 
 
@@ -79,7 +79,7 @@ def test_search_by_motion_leaves_the_clip_itself_out(clips, database):
 def test_mixed_search_takes_weights(clips, database, tmp_path):
     image = tmp_path / "query.png"
     Image.fromarray(read_clip(Clip(clips / "fall_1.mp4")).frames[0]).save(image)
-    arguments = ("search", database, "--text", "something falls down", "--image", image, "-k", 1)
+    arguments = ("search", database, "--text", "something falls", "--image", image, "-k", 1)
     [hit] = run_json(*arguments, "--weight", "text=0", "--weight", "image=1")["references"]
     assert hit["score"] == pytest.approx(hit["scores"]["image"])
     assert hit["scores"]["image"] == pytest.approx(1, abs=1e-3)
@@ -118,7 +118,7 @@ def test_info_and_verify(database):
     facts = run_json("info", database)
     assert facts["clips"] == 18
     assert facts["licences"] == {"Apache-2.0": 18}
-    assert run_json("info", "pocket")["trained"] is False
+    assert run_json("info", "pocket")["backbone"] == "cogvideox"
     assert "torch" in run_json("info")
     assert run_json("verify", database) == {"database": str(database), "ok": True, "findings": []}
 
@@ -186,19 +186,19 @@ def test_compact_says_what_it_freed(database, tmp_path):
     assert "bytes before" in done.stdout
 
 
-def test_demo_on_clips_that_it_renders():
-    report = run_json("demo")
-    assert (report["index"]["added"], report["index"]["failed"]) == (18, [])
-    assert all("circles" in hit["caption"] for hit in report["generation"]["references"][:3])
-
-
-def test_demo_on_a_folder(clips, tmp_path):
+def test_demo_says_what_it_made(clips, tmp_path):
     out = tmp_path / "out"
-    report = run_json("demo", clips, "--captions", clips / "captions.csv", "--out", out)
-    assert {"video.mp4", "sheet.png", "report.json"} <= {file.name for file in out.iterdir()}
-    assert report["change_by_retrieval"] > 0
-    assert report["index"]["added"] == 18
-    assert "untrained" in report["note"]
+    arguments = ("demo", clips, "--captions", clips / "captions.csv", "--out", out, "--steps", 1)
+    report = run_json(*arguments)
+    assert {"video.mp4", "video_plain.mp4", "sheet.png", "report.json"} <= {file.name for file in out.iterdir()}
+    assert report == json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["databases"][0]["change_by_retrieval"] > 0
+    trained = run_json("info", "pocket")["trained"]
+    assert ("untrained" in report["note"]) is not trained
+    done = run(*arguments)
+    assert "With clips, 18 new, 0 changed, 0 unchanged" in done.stdout
+    assert f"Sheet:  {out / 'sheet.png'}" in done.stdout
+    assert ("Note: " in done.stdout) is not trained
 
 
 @pytest.mark.parametrize("command", ["index", "search", "generate", "info", "verify", "compact", "demo"])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from motionrag.pocket import render
+from motionrag.pocket.folder import render_domain
+from motionrag.pocket.world import named_domain, sample_clip
 from tests.test_cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -17,8 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    render.render_folder(tmp_path / "clips")
-    Image.fromarray(render.render("bounce", "star", "violet", 0)[0]).save(tmp_path / "query.png")
+    render_domain(tmp_path / "clips", named_domain("blick"), 18)
+    Image.fromarray(sample_clip(named_domain("blick"), 99).frames[0]).save(tmp_path / "query.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -29,14 +30,14 @@ def test_python_blocks_print_what_they_say(workplace, capsys):
         exec(compile(block, "README.md", "exec"), namespace)  # the README is ours
     printed = capsys.readouterr().out
     assert "18 new, 0 changed, 0 unchanged" in printed
-    assert "1 a red ball bounces on the ground" in printed
+    assert "1 a red box blicks" in printed
     assert "5 True" in printed
     assert (workplace / "out.mp4").stat().st_size > 0
     assert (workplace / "out.json").stat().st_size > 0
 
 
 def test_commands_print_what_they_say(workplace):
-    shutil.rmtree(workplace / "db", ignore_errors=True)
+    shutil.rmtree(workplace / "clips")  # the first command renders them
     for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
         lines = block.splitlines()
         for number, line in enumerate(lines):

@@ -280,6 +280,29 @@ def test_given_references_are_used_and_nothing_is_searched(pipe):
     assert not torch.equal(fewer.frames, out.frames)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
+def test_given_motion_tokens_are_injected_as_they_are(pipe, guidance_scale):
+    retrieved = run(pipe, guidance_scale=guidance_scale)
+    pipe.database = None
+    again = run(pipe, motion_tokens=retrieved.motion_tokens, guidance_scale=guidance_scale)
+    assert torch.equal(again.frames, retrieved.frames)
+    assert again.references == []
+    assert not again.abstained
+    other = run(pipe, motion_tokens=retrieved.motion_tokens + 1, guidance_scale=guidance_scale)
+    assert not torch.equal(other.frames, retrieved.frames)
+
+
+def test_given_motion_tokens_exclude_references_and_must_fit(pipe):
+    tokens = torch.zeros(1, pipe.encoder.num_tokens, pipe.encoder.token_dim)
+    with pytest.raises(ValueError, match="motion_tokens are injected as they are"):
+        run(pipe, motion_tokens=tokens, num_references=0)
+    with pytest.raises(ValueError, match="motion_tokens are injected as they are"):
+        run(pipe, motion_tokens=tokens, references=pipe.database.search(text="a ball", k=1))
+    for wrong in (tokens[0], tokens[:, 1:], tokens.repeat(2, 1, 1), tokens * torch.nan):
+        with pytest.raises(ValueError, match="motion_tokens must be finite"):
+            run(pipe, motion_tokens=wrong)
+
+
 def test_references_of_an_abstained_call_can_be_given_again(pipe):
     out = run(pipe, min_similarity=2.0)
     again = run(pipe, references=out.references)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Backbone:
         output_size: The size of the video that a call will make, `(pipeline, height, width, num_frames)`, with None
             filled in; raises ValueError naming the nearest valid size.
         call_options: Further arguments that every call of the pipeline needs.
+        encode: What training runs once for each clip, `(pipeline, video (b t c h w) in [-1, 1], captions)` → tensors
+            whose first dimension is the clip; None while motionrag cannot train the family.
+        training_loss: `(pipeline, batch of what encode gave, generator, *, max_weight, motion_weight)` → `(b)`.
+        frozen_parts: Parts of the pipeline that `encode` needs and `training_loss` does not.
     """
 
     name: str
@@ -36,6 +40,9 @@ class Backbone:
     guidance_scale: float = 1.0
     output_size: Callable[[Any, int | None, int | None, int | None], tuple[int, int, int]] | None = None
     call_options: Callable[[Any], dict[str, Any]] | None = None
+    encode: Callable[..., dict[str, Tensor]] | None = None
+    training_loss: Callable[..., Tensor] | None = None
+    frozen_parts: tuple[str, ...] = ()
 
     def sites(self, model: nn.Module) -> list[str]:
         """List the default injection sites of a denoiser of this family, in the order of its modules.

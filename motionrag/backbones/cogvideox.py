@@ -4,7 +4,15 @@ The attention of a block runs over text and video tokens together, so the inject
 """
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from motionrag.backbones.backbone import Backbone
 
@@ -69,6 +77,150 @@ def call_options(pipeline: Any) -> dict[str, Any]:
     return {"max_sequence_length": pipeline.transformer.config.max_text_seq_length}
 
 
+@torch.no_grad()
+def encode(pipeline: Any, video: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Run what stays frozen in training: autoencoder and text encoder. The result can be stored.
+
+    Args:
+        pipeline: With VAE, text encoder and tokenizer; the transformer is not used.
+        video: `(b t c h w)` in [-1, 1].
+        captions: One for each clip.
+
+    Returns:
+        `latents` `(b f c h w)`, `image_latents` `(b c h w)` of the first frame, `prompt_embeds` `(b n d)`.
+    """
+    vae = pipeline.vae
+    pixels = rearrange(video, "b t c h w -> b c t h w").to(device=vae.device, dtype=vae.dtype)
+    factor = vae.config.scaling_factor
+    if is_framewise(vae):
+        with single_frames(vae):
+            frames = rearrange(pixels, "b c t h w -> (b t) c 1 h w")
+            latents = rearrange(vae.encode(frames).latent_dist.mode(), "(b t) c 1 h w -> b t c h w", b=len(video))
+        images = latents[:, 0]
+    else:
+        latents = rearrange(vae.encode(pixels).latent_dist.mode(), "b c f h w -> b f c h w")
+        images = vae.encode(pixels[:, :, :1]).latent_dist.mode()[:, :, 0]
+    prompt_embeds, _ = pipeline.encode_prompt(
+        list(captions),
+        do_classifier_free_guidance=False,
+        max_sequence_length=pipeline.tokenizer.model_max_length,
+        device=pipeline.text_encoder.device,
+    )
+    return {
+        "latents": factor * latents,
+        "image_latents": images / factor if vae.config.invert_scale_latents else factor * images,
+        "prompt_embeds": prompt_embeds,
+    }
+
+
+def training_loss(
+    pipeline: Any,
+    batch: Mapping[str, Tensor],
+    generator: torch.Generator,
+    *,
+    max_weight: float,
+    motion_weight: float,
+) -> Tensor:
+    """The diffusion loss of CogVideoX: squared error of the clean latents, weighted by 1/(1-ᾱ).
+
+    For a model that predicts v this is the plain squared error of v.
+
+    Args:
+        pipeline: With transformer and scheduler; nothing else is used.
+        batch: From `encode`.
+        generator: Of timesteps and noise, on the CPU.
+        max_weight: Highest value of 1/(1-ᾱ); it has no bound for models that predict clean latents.
+        motion_weight: How much more latents count that differ from the first frame's; 0 treats all alike.
+
+    Returns:
+        One number for each clip `(b)`.
+    """
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    latents = batch["latents"]
+    steps = torch.randint(scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    steps = steps.to(latents.device)
+    noisy = scheduler.add_noise(latents, noise, steps)
+    image = torch.zeros_like(latents)
+    image[:, 0] = batch["image_latents"]
+    padding = -latents.shape[1] % (transformer.config.patch_size_t or 1)  # CogVideoX 1.5 repeats the first latents
+    inputs = torch.cat([noisy, image], dim=2)
+    inputs = torch.cat([inputs[:, :padding], inputs], dim=1)
+    predicted = transformer(
+        hidden_states=inputs,
+        encoder_hidden_states=batch["prompt_embeds"],
+        timestep=steps,
+        image_rotary_emb=_rotary_embedding(pipeline, inputs),
+        ofs=None if transformer.config.ofs_embed_dim is None else latents.new_full((1,), 2.0),
+    ).sample[:, padding:]
+    kind = scheduler.config.prediction_type
+    if kind not in ("v_prediction", "sample"):
+        raise ValueError(f"Training knows models that predict v or the sample, not {kind!r}.")
+    clean = scheduler.get_velocity(predicted, noisy, steps) if kind == "v_prediction" else predicted
+    noise_share = 1 - scheduler.alphas_cumprod.to(latents)[steps]
+    weight = (1 / noise_share).clamp(max=max_weight)
+    change = (latents - latents[:, :1]).abs().mean(dim=2, keepdim=True)
+    emphasis = 1 + motion_weight * torch.tanh(change)
+    error = (emphasis * (clean.float() - latents).square()).flatten(1).mean(1) / emphasis.flatten(1).mean(1)
+    return weight * error
+
+
+def _rotary_embedding(pipeline: Any, inputs: Tensor) -> Any:
+    if not pipeline.transformer.config.use_rotary_positional_embeddings:
+        return None
+    frames, _, height, width = inputs.shape[1:]
+    return pipeline._prepare_rotary_positional_embeddings(
+        height * pipeline.vae_scale_factor_spatial, width * pipeline.vae_scale_factor_spatial, frames, inputs.device
+    )
+
+
+def is_framewise(vae: nn.Module) -> bool:
+    """Tell whether a VAE compresses space only and looks at no other frame.
+
+    Args:
+        vae: diffusers' `AutoencoderKLCogVideoX`.
+
+    Returns:
+        True if all temporal taps of its convolutions but the last are zero, as in the pocket's.
+    """
+    if vae.config.temporal_compression_ratio != 1:  # type: ignore[union-attr]
+        return False
+    return not any(layer.conv.weight[:, :, :-1].any() for layer in _causal_convolutions(vae))
+
+
+@contextmanager
+def single_frames(vae: nn.Module) -> Iterator[None]:
+    """Run a framewise VAE on single frames in two dimensions: the same result in half the time.
+
+    Args:
+        vae: For which `is_framewise` holds.
+
+    Yields:
+        Nothing; inside the block the network takes clips of one frame.
+    """
+    layers = _causal_convolutions(vae)
+    for layer in layers:
+        layer.forward = partial(_convolve_frame, layer.conv)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _causal_convolutions(vae: nn.Module) -> list[Any]:
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
+
+    return [layer for layer in vae.modules() if isinstance(layer, CogVideoXCausalConv3d)]
+
+
+def _convolve_frame(convolution: nn.Conv3d, video: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, None]:
+    weight = convolution.weight[:, :, -1]
+    padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
+    frame = F.conv2d(video[:, :, 0], weight, convolution.bias, convolution.stride[1:], padding)
+    return frame[:, :, None], None
+
+
 COGVIDEOX = Backbone(
     name="cogvideox",
     denoiser_class="CogVideoXTransformer3DModel",
@@ -80,4 +232,7 @@ COGVIDEOX = Backbone(
     guidance_scale=6.0,
     output_size=output_size,
     call_options=call_options,
+    encode=encode,
+    training_loss=training_loss,
+    frozen_parts=("vae", "text_encoder", "tokenizer"),
 )

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from motionrag.pocket.world import FAMILIES, NUM_FRAMES, SIZE, TRAINED_FAMILIES, Dynamics, WorldClip, training_clip
+from motionrag.pocket.world import (
+    FAMILIES,
+    NUM_FRAMES,
+    SIZE,
+    TRAINED_FAMILIES,
+    Dynamics,
+    WorldClip,
+    training_clip,
+    training_scene,
+)
 from motionrag.pocket.world.scene import COLOURS, SHAPES
 
 MAX_THINGS = 3
@@ -29,19 +39,40 @@ class PocketClips(Dataset):
     Args:
         count: How many.
         seed: Of the set.
+        clips_per_domain: Clips that share verb, looks and dynamics; they follow one another.
         folder: Where rendered sets are kept; a set that is there is not rendered again.
         num_workers: Processes that render.
     """
 
-    def __init__(self, count: int, *, seed: int = 0, folder: str = "outputs/pocket/world", num_workers: int = 2) -> None:
-        self.folder = Path(folder) / f"{seed}-{count}"
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        clips_per_domain: int = 1,
+        folder: str = "outputs/pocket/world",
+        num_workers: int = 2,
+    ) -> None:
+        self.seed, self.clips_per_domain = seed, clips_per_domain
+        self.identity = f"pocket {seed} {count} {clips_per_domain}"
+        self.folder = Path(folder) / f"seed-{seed}-clips-{count}-per-domain-{clips_per_domain}"
         if not (self.folder / "captions.json").exists():  # written last
-            _render_all(self.folder, count, seed, num_workers)
+            _render_all(self.folder, count, seed, clips_per_domain, num_workers)
         self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
         self.captions: list[list[str]] = json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions with made-up verbs."""
+        return [caption for caption, _ in self.captions]
+
+    @property
+    def sources(self) -> list[str]:
+        """Every clip is a video of its own."""
+        return [str(index) for index in range(len(self))]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One clip.
@@ -108,6 +139,39 @@ class PocketFrames(Dataset):
         return {"video": rearrange(frame, "h w c -> 1 c h w").float() / 127.5 - 1, "masks": masks[None]}
 
 
+class PocketScenes(Dataset):
+    """First frames and what they show, for the encoders of images.
+
+    Args:
+        clips: Where they are taken from.
+    """
+
+    def __init__(self, clips: PocketClips) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One scene.
+
+        Args:
+            index: Of the clip.
+
+        Returns:
+            `image` `(c h w)` in [-1, 1], `description`, `masks` `(h w)`, `colours` and `shapes` `(n)` of the things.
+        """
+        arrays = self.clips.arrays
+        frame = torch.from_numpy(np.array(arrays["frames"][index, 0]))
+        return {
+            "image": rearrange(frame, "h w c -> c h w").float() / 127.5 - 1,
+            "description": training_scene(self.clips.seed, *divmod(index, self.clips.clips_per_domain)).description,
+            "masks": torch.from_numpy(np.array(arrays["masks"][index, 0])),
+            "colours": torch.from_numpy(np.array(arrays["colours"][index])),
+            "shapes": torch.from_numpy(np.array(arrays["shapes"][index])),
+        }
+
+
 def arrays_of(clip: WorldClip) -> dict[str, np.ndarray]:
     """What is stored of a clip: fixed shapes, whatever the number of things and parameters.
 
@@ -141,14 +205,16 @@ def arrays_of(clip: WorldClip) -> dict[str, np.ndarray]:
     }
 
 
-def _render_chunk(seed: int, start: int, stop: int) -> tuple[dict[str, np.ndarray], list[list[str]]]:
-    clips = [training_clip(seed, index) for index in range(start, stop)]
+def _render_chunk(
+    seed: int, clips_per_domain: int, start: int, stop: int
+) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+    clips = [training_clip(seed, *divmod(index, clips_per_domain)) for index in range(start, stop)]
     rows = [arrays_of(clip) for clip in clips]
     captions = [[clip.caption, clip.plain_caption] for clip in clips]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, captions
 
 
-def _render_all(folder: Path, count: int, seed: int, num_workers: int) -> None:
+def _render_all(folder: Path, count: int, seed: int, clips_per_domain: int, num_workers: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     starts = range(0, count, _CHUNK)
@@ -157,7 +223,7 @@ def _render_all(folder: Path, count: int, seed: int, num_workers: int) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         stops = [min(count, start + _CHUNK) for start in starts]
-        chunks = pool.map(_render_chunk, [seed] * len(starts), starts, stops)
+        chunks = pool.map(partial(_render_chunk, seed, clips_per_domain), starts, stops)
         for start, stop, (rows, texts) in zip(starts, stops, tqdm(chunks, "render", len(starts)), strict=True):
             for name, values in rows.items():
                 if name not in arrays:

@@ -5,9 +5,6 @@ convolutions but the last are zero, and stay so. A frame then runs through two-d
 weights, twice as fast, and the result is what the network gives for a single frame.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from motionrag.backbones.cogvideox import single_frames
 from motionrag.training.optimisation import adamw
 
 
@@ -115,52 +113,21 @@ class AutoencoderTraining(lightning.LightningModule):
         difference = frames - video
         error = (weight * difference.abs()).mean()
         edges = sum((weight * F.pad(difference.diff(dim=axis), pad)).abs().mean() for axis, pad in _NEIGHBOURS)
-        return error + 0.5 * edges, latents.kl().mean() / latents.mean[0].numel(), rearrange(
-            frames, "b c t h w -> b t c h w"
+        return (
+            error + 0.5 * edges,
+            latents.kl().mean() / latents.mean[0].numel(),
+            rearrange(frames, "b c t h w -> b t c h w"),
         )
 
 
 _NEIGHBOURS = ((-1, (0, 1)), (-2, (0, 0, 0, 1)))
 
 
-@contextmanager
-def single_frames(vae: nn.Module) -> Iterator[None]:
-    """Run a CogVideoX VAE whose convolutions use their last temporal tap only on single frames, in two dimensions.
-
-    Args:
-        vae: The network.
-
-    Yields:
-        Nothing; inside the block the network takes one frame.
-    """
-    layers = _causal_convolutions(vae)
-    for layer in layers:
-        layer.forward = partial(_convolve_frame, layer.conv)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _causal_convolutions(vae: nn.Module) -> list[Any]:
+def _keep_last_tap(vae: nn.Module) -> None:
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
-    return [layer for layer in vae.modules() if isinstance(layer, CogVideoXCausalConv3d)]
-
-
-def _keep_last_tap(vae: nn.Module) -> None:
     with torch.no_grad():
-        for layer in _causal_convolutions(vae):
+        for layer in (each for each in vae.modules() if isinstance(each, CogVideoXCausalConv3d)):
             last = layer.conv.weight[:, :, -1].clone()
             layer.conv.weight.zero_()
             layer.conv.weight[:, :, -1] = last
-
-
-def _convolve_frame(
-    convolution: nn.Conv3d, video: Tensor, conv_cache: Tensor | None = None
-) -> tuple[Tensor, None]:
-    weight = convolution.weight[:, :, -1]
-    padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
-    frame = F.conv2d(video[:, :, 0], weight, convolution.bias, convolution.stride[1:], padding)
-    return frame[:, :, None], None

@@ -1,8 +1,9 @@
 """Write frames to an MP4 or GIF file, at exactly their size and frame rate. Reading is in `clip.py`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def write_video(path: str | os.PathLike[str], frames: "np.ndarray | Sequence[Image]", fps: float) -> Path:
+def write_video(
+    path: str | os.PathLike[str], frames: "np.ndarray | Sequence[Image]", fps: float, *, full_colour: bool = False
+) -> Path:
     """Write a video under a temporary name and rename it, so that a reader never meets half a file.
 
     MP4 is H.264 at a visually lossless rate: 4:2:0 colour, which every player shows, or 4:4:4 if a side is odd,
@@ -24,6 +27,8 @@ def write_video(path: str | os.PathLike[str], frames: "np.ndarray | Sequence[Ima
         path: the file to write, `.mp4` or `.gif`; its folder must exist, an old file is replaced.
         frames: uint8 `(t, h, w, 3)`, or float `(t, h, w, 3)` in [0, 1], or PIL images of one size.
         fps: frames per second.
+        full_colour: MP4 in 4:4:4 at a higher rate, for pictures so small that half the resolution of colour shows.
+            Browsers and FFmpeg play it, Apple's players do not. GIF is what it is.
 
     Returns:
         The path.
@@ -34,7 +39,10 @@ def write_video(path: str | os.PathLike[str], frames: "np.ndarray | Sequence[Ima
     import av
 
     path = Path(path)
-    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    writers: dict[str, Callable[[Path, np.ndarray, float], None]] = {
+        ".mp4": partial(_write_mp4, full_colour=full_colour),
+        ".gif": _write_gif,
+    }
     if path.suffix.lower() not in writers:
         raise VideoError(f"{path} has the suffix {path.suffix!r}; write_video knows {' and '.join(writers)}.")
     if not (np.isfinite(fps) and fps > 0):
@@ -67,17 +75,18 @@ def _to_uint8(frames: "np.ndarray | Sequence[Image]", path: Path) -> np.ndarray:
     return (frames * 255).round().astype(np.uint8)
 
 
-def _write_mp4(path: Path, pictures: np.ndarray, fps: float) -> None:
+def _write_mp4(path: Path, pictures: np.ndarray, fps: float, *, full_colour: bool) -> None:
     import av
 
     height, width = pictures.shape[1:3]
+    rate = "8" if full_colour else "15"
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         # One thread: with several, x264 writes other bytes for the same frames from run to run.
         stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "15", "threads": "1"}
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": rate, "threads": "1"}
         )
         stream.width, stream.height = width, height
-        stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
+        stream.pix_fmt = "yuv444p" if full_colour or width % 2 or height % 2 else "yuv420p"
         # What swscale computes unless told otherwise; written down, so that players do not guess by size.
         stream.codec_context.colorspace = 6  # BT.601
         stream.codec_context.color_range = 1  # limited

@@ -5,7 +5,16 @@ one dynamics and a made-up verb, so that only its clips can say what the verb me
 is there), `dynamics.py` (how it moves), `render.py` (pixels and ground truth), `domains.py` (which clips exist).
 """
 
-from motionrag.pocket.world.domains import Domain, domain, named_domain, sample_clip, training_clip
+from motionrag.pocket.world.domains import (
+    Domain,
+    domain,
+    named_domain,
+    same_start,
+    sample_clip,
+    training_caption,
+    training_clip,
+    training_scene,
+)
 from motionrag.pocket.world.dynamics import FAMILIES, HELD_OUT_FAMILIES, TRAINED_FAMILIES, Dynamics
 from motionrag.pocket.world.render import FPS, NUM_FRAMES, SIZE, WorldClip, render
 from motionrag.pocket.world.scene import Backdrop, Scene, Style, Thing
@@ -27,6 +36,9 @@ __all__ = [
     "domain",
     "named_domain",
     "render",
+    "same_start",
     "sample_clip",
+    "training_caption",
     "training_clip",
+    "training_scene",
 ]

@@ -74,8 +74,10 @@ class Dynamics:
     def normalised(self) -> dict[str, float]:
         """Parameters as shares of their ranges, 0 to 1."""
         ranges = FAMILIES[self.family].parameters
-        return {name: (value - ranges[name][0]) / (ranges[name][1] - ranges[name][0]) for name, value in
-                self.parameters.items()}
+        return {
+            name: (value - ranges[name][0]) / (ranges[name][1] - ranges[name][0])
+            for name, value in self.parameters.items()
+        }
 
     def move(self, rng: np.random.Generator, radii: np.ndarray) -> Motion:
         """Place things and let them move so that they stay in the frame.
@@ -113,6 +115,7 @@ class Family:
         move: Places the things and moves them.
         num_things: How many things take part.
         held_out: True if no training ever sees it.
+        bound_to_place: True if a floor, walls, a rope or the camera tie it to where it happens.
     """
 
     words: str
@@ -120,6 +123,7 @@ class Family:
     move: Move = field(repr=False)
     num_things: int = 1
     held_out: bool = False
+    bound_to_place: bool = False
 
 
 def _motion(
@@ -351,26 +355,30 @@ def _wander_path(parameters: Mapping[str, float], times: np.ndarray) -> np.ndarr
 _ANY_ANGLE = (-math.pi, math.pi)
 
 FAMILIES: dict[str, Family] = {
-    "fall": Family("falls", {"gravity": (8, 70), "elasticity": (0.0, 0.9)}, _fall),
+    "fall": Family("falls", {"gravity": (8, 70), "elasticity": (0.0, 0.9)}, _fall, bound_to_place=True),
     "throw": Family(
-        "is thrown", {"speed_up": (15, 42), "speed_x": (-16, 16), "gravity": (24, 60)}, _throw
+        "is thrown", {"speed_up": (15, 42), "speed_x": (-16, 16), "gravity": (24, 60)}, _throw, bound_to_place=True
     ),
     "slide": Family("slides to a stop", {"speed": (18, 46), "angle": _ANY_ANGLE, "friction": (9, 30)}, _slide),
-    "ricochet": Family("ricochets", {"speed": (16, 44), "angle": _ANY_ANGLE}, _ricochet),
+    "ricochet": Family("ricochets", {"speed": (16, 44), "angle": _ANY_ANGLE}, _ricochet, bound_to_place=True),
     "collide": Family(
         "collide",
         {"speed": (16, 34), "angle": _ANY_ANGLE, "gap": (3, 12), "elasticity": (0.2, 1.0)},
         _collide,
         num_things=2,
     ),
-    "pendulum": Family("swings", {"gravity": (40, 240), "amplitude": (-1.1, 1.1), "length": (18, 30)}, _pendulum),
+    "pendulum": Family(
+        "swings", {"gravity": (40, 240), "amplitude": (-1.1, 1.1), "length": (18, 30)}, _pendulum, bound_to_place=True
+    ),
     "spring": Family(
         "springs to and fro",
         {"stiffness": (3, 16), "angle": _ANY_ANGLE, "amplitude": (7, 15), "damping": (0.0, 1.2)},
         _spring,
     ),
     "drift": Family(
-        "drifts", {"speed": (6, 20), "angle": _ANY_ANGLE}, _curve(lambda p, t: _along(p["angle"], p["speed"] * t, 0 * t))
+        "drifts",
+        {"speed": (6, 20), "angle": _ANY_ANGLE},
+        _curve(lambda p, t: _along(p["angle"], p["speed"] * t, 0 * t)),
     ),
     "orbit": Family("circles", {"radius": (7, 17), "speed": (-4.0, 4.0), "phase": _ANY_ANGLE}, _curve(_orbit_path)),
     "spiral": Family("spirals", {"growth": (5, 12), "speed": (-4.5, 4.5), "phase": _ANY_ANGLE}, _curve(_spiral_path)),
@@ -386,11 +394,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "spin": Family("spins", {"turns": (-1.2, 1.2)}, _spin),
     "grow": Family("changes its size", {"rate": (-0.35, 0.4)}, _grow),
-    "swarm": Family(
-        "swarm", {"turning": (-1.4, 1.4), "speed": (0, 9), "angle": _ANY_ANGLE}, _swarm, num_things=3
-    ),
-    "pan": Family("is passed by the camera", {"speed": (6, 20), "angle": _ANY_ANGLE}, _pan),
-    "zoom": Family("is zoomed at", {"rate": (-0.3, 0.35)}, _zoom),
+    "swarm": Family("swarm", {"turning": (-1.4, 1.4), "speed": (0, 9), "angle": _ANY_ANGLE}, _swarm, num_things=3),
+    "pan": Family("is passed by the camera", {"speed": (6, 20), "angle": _ANY_ANGLE}, _pan, bound_to_place=True),
+    "zoom": Family("is zoomed at", {"rate": (-0.3, 0.35)}, _zoom, bound_to_place=True),
     "wander": Family(
         "wanders",
         {f"{axis}{i}": (-reach, reach) for i, reach in enumerate((26, 16, 10, 6)) for axis in "xy"},
@@ -412,9 +418,7 @@ FAMILIES: dict[str, Family] = {
         "flies off and comes back",
         {"speed": (26, 48), "angle": _ANY_ANGLE, "bend": (-14, 14)},
         _curve(
-            lambda p, t: _along(
-                p["angle"], p["speed"] * t * (1 - t / t[-1]), p["bend"] * np.sin(np.pi * t / t[-1])
-            )
+            lambda p, t: _along(p["angle"], p["speed"] * t * (1 - t / t[-1]), p["bend"] * np.sin(np.pi * t / t[-1]))
         ),
         held_out=True,
     ),

@@ -150,9 +150,7 @@ def _distance_to_line(points: np.ndarray, begin: np.ndarray, end: np.ndarray) ->
     return np.linalg.norm(points - begin - share[..., None] * along, axis=-1)
 
 
-def _flow(
-    screen: np.ndarray, world: np.ndarray, motion: Motion, masks: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _flow(screen: np.ndarray, world: np.ndarray, motion: Motion, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Displacement of the content of frame 0, and whether it can be seen."""
     place = np.broadcast_to(world[0], world.shape).copy()
     for index in range(len(motion.positions)):

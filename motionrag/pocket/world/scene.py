@@ -18,7 +18,14 @@ SHAPES = ("ball", "box", "triangle", "ring", "cross")
 TEXTURES = ("flat", "striped", "halved")
 BACKDROPS = ("gradient", "stripes", "blotches", "checks")
 # Muted, so that every colour of a thing stands out from them; lightness is drawn apart.
-_TINTS = ((96, 104, 124), (84, 112, 100), (122, 100, 88), (100, 90, 118), (104, 104, 104), (70, 92, 120))
+_TINTS = {
+    "steel": (96, 104, 124),
+    "moss": (84, 112, 100),
+    "clay": (122, 100, 88),
+    "plum": (100, 90, 118),
+    "grey": (104, 104, 104),
+    "sea": (70, 92, 120),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Backdrop:
         angle: Direction of the pattern, radians.
         period: Pixels after which it repeats.
         phase: Radians.
+        tint: What its colour is called.
     """
 
     kind: str
@@ -62,6 +70,7 @@ class Backdrop:
     angle: float
     period: float
     phase: float
+    tint: str
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,14 @@ class Style:
         colours: Which colours occur.
         textures: Which textures occur.
         backdrops: Which kinds of backdrop occur.
-        tint: Index of the backdrops' tint.
+        tint: What the backdrops' colour is called; None for any.
     """
 
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
     textures: tuple[str, ...] = TEXTURES
     backdrops: tuple[str, ...] = BACKDROPS
-    tint: int | None = None
+    tint: str | None = None
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> "Style":
@@ -96,7 +105,7 @@ class Style:
             shapes=tuple(str(each) for each in rng.choice(SHAPES, 3, replace=False)),
             colours=tuple(str(each) for each in rng.choice(list(COLOURS), 4, replace=False)),
             backdrops=(str(rng.choice(BACKDROPS)),),
-            tint=int(rng.integers(len(_TINTS))),
+            tint=str(rng.choice(list(_TINTS))),
         )
 
 
@@ -135,16 +144,17 @@ class Scene:
             )
             for colour in colours
         )
-        tint = np.array(_TINTS[int(rng.integers(len(_TINTS))) if style.tint is None else style.tint], float)
+        tint = str(rng.choice(list(_TINTS))) if style.tint is None else style.tint
         lightness = rng.uniform(0.45, 1.15)
         contrast = rng.uniform(0.65, 0.85)
         backdrop = Backdrop(
             kind=str(rng.choice(style.backdrops)),
-            near=_rgb(tint * lightness),
-            far=_rgb(tint * lightness * contrast),
+            near=_rgb(np.array(_TINTS[tint]) * lightness),
+            far=_rgb(np.array(_TINTS[tint]) * lightness * contrast),
             angle=float(rng.uniform(0, np.pi)),
             period=float(rng.uniform(18, 32)),
             phase=float(rng.uniform(0, 2 * np.pi)),
+            tint=tint,
         )
         return cls(things, backdrop)
 
@@ -152,6 +162,12 @@ class Scene:
     def name(self) -> str:
         """As in captions: "a red ball and a blue box"."""
         return " and ".join(f"a{'n' if each.name[0] in 'aeiou' else ''} {each.name}" for each in self.things)
+
+    @property
+    def description(self) -> str:
+        """Everything that a picture shows: "a striped red ball in front of clay checks"."""
+        things = " and ".join(f"a {each.texture} {each.name}" for each in self.things)
+        return f"{things} in front of {self.backdrop.tint} {self.backdrop.kind}"
 
 
 def _rgb(values: np.ndarray) -> tuple[float, float, float]:

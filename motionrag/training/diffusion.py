@@ -1,0 +1,296 @@
+"""Stages 0 and 1: the diffusion loss, with gradients to the backbone or to the motion injection alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from torch import Tensor, nn
+
+from motionrag.bundle import MotionBundle
+from motionrag.training.encoded import load_pipeline
+from motionrag.training.optimisation import adamw
+
+
+class _DiffusionTraining(lightning.LightningModule):
+    """What the stages that need the backbone share: its loss with reproducible noise, and the optimiser."""
+
+    backbone: Any
+    pipeline: Any
+
+    def diffusion_loss(self, batch: dict[str, Tensor], *, step: int) -> Tensor:
+        """Loss of a batch, averaged; noise, timesteps and dropped prompts follow from seed, step and rank.
+
+        Args:
+            batch: From `EncodedClips`.
+            step: Counts batches; a resumed run draws what the interrupted one would have drawn.
+
+        Returns:
+            One number.
+        """
+        generator = self.generator(step)
+        settings = self.hparams
+        drop = torch.rand(len(batch["latents"]), generator=generator) < settings["prompt_dropout"]
+        prompts = torch.where(drop[:, None, None].to(self.device), batch["empty_prompt_embeds"], batch["prompt_embeds"])
+        losses: Tensor = self.backbone.training_loss(
+            self.pipeline,
+            {**batch, "prompt_embeds": prompts},
+            generator,
+            max_weight=settings["max_weight"],
+            motion_weight=settings["motion_weight"],
+        )
+        return losses.mean()
+
+    def generator(self, step: int) -> torch.Generator:
+        """The source of chance of one batch.
+
+        Args:
+            step: Counts batches.
+
+        Returns:
+            A generator on the CPU.
+        """
+        return torch.Generator().manual_seed((self.hparams["seed"] << 40) + (step << 8) + self.global_rank)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the loss on clips that are not trained on, with the same noise every time.
+
+        Args:
+            batch: From `EncodedClips`.
+            batch_idx: Chooses the noise.
+        """
+        self.log("validation/loss", self.diffusion_loss(batch, step=batch_idx), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on what is trained.
+
+        Returns:
+            Optimiser and schedule.
+        """
+        settings = self.hparams
+        return adamw(
+            self.parameters(),
+            learning_rate=settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            warmup_steps=settings["warmup_steps"],
+            decay_steps=settings["decay_steps"],
+        )
+
+    @property
+    def batches(self) -> int:
+        """Batches that were used so far."""
+        return self.trainer.fit_loop.total_batch_idx
+
+
+class BackboneTraining(_DiffusionTraining):
+    """Stage 0: trains or fine-tunes the denoiser itself, without motion tokens.
+
+    Args:
+        pipeline: Diffusers pipeline, folder or hub id.
+        output: Folder that gets the trained denoiser when training ends.
+        learning_rate: The highest.
+        weight_decay: Of matrices.
+        warmup_steps: Steps of linear warm-up.
+        decay_steps: Step at which the learning rate reaches zero; None keeps it.
+        prompt_dropout: Share of clips whose prompt is emptied.
+        max_weight: Highest loss weight of a timestep, see the backbone's loss.
+        motion_weight: How much more the loss counts what moves.
+        gradient_checkpointing: Save memory for a third more time.
+        seed: Of noise and timesteps.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        output: str,
+        *,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 1e-2,
+        warmup_steps: int = 100,
+        decay_steps: int | None = None,
+        prompt_dropout: float = 0.1,
+        max_weight: float = 1e4,
+        motion_weight: float = 0.0,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone, self.pipeline = load_pipeline(pipeline, frozen=False)
+        self.denoiser: nn.Module = getattr(self.pipeline, self.backbone.denoiser).train()
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One batch.
+
+        Args:
+            batch: From `EncodedClips`.
+            batch_idx: Not used.
+
+        Returns:
+            The loss.
+        """
+        loss = self.diffusion_loss(batch, step=self.batches)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_end(self) -> None:
+        """Write the denoiser in diffusers' layout."""
+        if self.trainer.is_global_zero:
+            self.denoiser.save_pretrained(Path(self.hparams["output"]))  # type: ignore[operator]
+
+
+class InjectionTraining(_DiffusionTraining):
+    """Stage 1: trains motion injection and motion resampler; a clip's reference is the clip itself.
+
+    Paper, 3.5: AdamW 5e-5, gradient norm at most 0.5, motion tokens dropped with p 0.15. The backbone is frozen.
+
+    Args:
+        bundle: Folder of the bundle to start from; the trained parts are written back when training ends.
+        pipeline: Diffusers pipeline; None: the bundle's base model.
+        learning_rate: The highest.
+        weight_decay: Of matrices.
+        warmup_steps: Steps of linear warm-up.
+        decay_steps: Step at which the learning rate reaches zero; None keeps it.
+        token_dropout: Share of clips whose motion tokens are those of a grey clip.
+        prompt_dropout: Share of clips whose prompt is emptied.
+        max_weight: Highest loss weight of a timestep, see the backbone's loss.
+        motion_weight: How much more the loss counts what moves.
+        gradient_checkpointing: Save memory for a third more time.
+        seed: Of noise and timesteps.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        *,
+        pipeline: str | None = None,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 1e-2,
+        warmup_steps: int = 100,
+        decay_steps: int | None = None,
+        token_dropout: float = 0.15,
+        prompt_dropout: float = 0.1,
+        max_weight: float = 1e4,
+        motion_weight: float = 0.0,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.bundle = MotionBundle.from_pretrained(bundle)
+        source = pipeline or self.bundle.path_or_id(self.bundle.config.base_model)
+        self.backbone, self.pipeline = load_pipeline(str(source), frozen=False)
+        self.denoiser: nn.Module = getattr(self.pipeline, self.backbone.denoiser).requires_grad_(False)
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.injection = self.bundle.motion_injection.requires_grad_(True)
+        self.resampler = self.bundle.motion_resampler.requires_grad_(True)
+        self.injection.attach(self.denoiser)
+
+    def motion_tokens(self, batch: dict[str, Tensor], drop: Tensor | None = None) -> Tensor:
+        """Motion tokens of the clips themselves.
+
+        Args:
+            batch: With `motion_features` and `grey_features` `(b l c)`.
+            drop: Clips whose tokens are replaced by a grey clip's `(b)`, bool; None: none.
+
+        Returns:
+            `(b l d)`.
+        """
+        features = batch["motion_features"]
+        if drop is not None:
+            features = torch.where(drop[:, None, None].to(features.device), batch["grey_features"], features)
+        return self.resampler(features)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One batch. The condition stays set until the backward pass is over, which Lightning runs later.
+
+        Args:
+            batch: From `EncodedClips`.
+            batch_idx: Not used.
+
+        Returns:
+            The loss.
+        """
+        draw = self.generator(self.batches ^ (1 << 30))  # apart from the noise
+        drop = torch.rand(len(batch["latents"]), generator=draw) < self.hparams["token_dropout"]
+        self.injection.clear_condition()
+        self.injection.set_condition(self.motion_tokens(batch, drop))
+        loss = self.diffusion_loss(batch, step=self.batches)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stop injecting.
+
+        Args:
+            *args: Not used.
+        """
+        self.injection.clear_condition()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the loss without motion, and with each clip's own.
+
+        Args:
+            batch: From `EncodedClips`.
+            batch_idx: Chooses the noise.
+        """
+        plain = self.diffusion_loss(batch, step=batch_idx)
+        with self.injection.condition(self.motion_tokens(batch)):
+            guided = self.diffusion_loss(batch, step=batch_idx)
+        self.log_dict(
+            {"validation/plain": plain, "validation/loss": guided, "validation/share": guided / plain}, prog_bar=True
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen backbone out: it is where it came from.
+
+        Args:
+            checkpoint: Changed in place.
+        """
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("denoiser.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the frozen backbone back, so that everything else loads strictly.
+
+        Args:
+            checkpoint: Changed in place.
+        """
+        frozen = {f"denoiser.{key}": value for key, value in self.denoiser.state_dict().items()}
+        checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Write the bundle with the trained parts and the unconditional tokens that follow from them."""
+        if not self.trainer.is_global_zero:
+            return
+        batch = next(iter(self.trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
+        grey = self.resampler(batch["grey_features"][:1].to(self.device))[0]
+        save_parts(
+            self.bundle,
+            self.hparams["bundle"],
+            unconditional_tokens=grey.float().cpu(),
+            motion_injection=self.injection,
+            motion_resampler=self.resampler,
+        )
+
+
+def save_parts(
+    bundle: MotionBundle, folder: str | Path, *, unconditional_tokens: Tensor | None = None, **parts: nn.Module
+) -> None:
+    """Write a bundle in which some parts are replaced; the others stay as they are.
+
+    Args:
+        bundle: The one that training started from.
+        folder: Where to write.
+        unconditional_tokens: `(l d)`; None keeps the bundle's.
+        **parts: Trained modules by name.
+    """
+    others = {name: getattr(bundle, name) for name in bundle.config.parts if name not in parts}
+    tokens = bundle.unconditional_tokens if unconditional_tokens is None else unconditional_tokens
+    MotionBundle(bundle.config, folder=bundle.folder, unconditional_tokens=tokens, **others, **parts).save_pretrained(
+        folder
+    )

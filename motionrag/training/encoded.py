@@ -1,0 +1,232 @@
+"""What never changes in training, computed once: latents, prompt embeddings and motion features of clips, on disk.
+
+The cache is named by the weights that made it, so a cache of other weights is never read.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from motionrag.backbones import Backbone, backbone_of_pipeline
+from motionrag.encoder import MotionEncoder
+from motionrag.encoders.fingerprint import fingerprint
+from motionrag.video import sample_indices
+
+_DONE = "done.json"
+
+
+class EncodedClips(Dataset):
+    """Clips as a frozen backbone and a frozen video encoder see them.
+
+    Args:
+        clips: Samples with `video` `(t c h w)` in [-1, 1] and `caption`.
+        folder: Where caches are kept.
+        pipeline: Diffusers pipeline whose frozen parts encode latents and prompts; None: neither.
+        bundle: Bundle whose frozen encoders make `features`.
+        features: Which: "motion_features", "motion_tokens", "context_features".
+        batch_size: Clips that are encoded together.
+        device: Where the encoders run.
+        precision: "bfloat16" runs the encoders under autocast, "float32" as they are.
+    """
+
+    def __init__(
+        self,
+        clips: Dataset,
+        *,
+        folder: str,
+        pipeline: str | None = None,
+        bundle: str | None = None,
+        features: Sequence[str] = (),
+        batch_size: int = 16,
+        device: str = "cpu",
+        precision: str = "bfloat16",
+    ) -> None:
+        assert isinstance(clips, Sized)  # noqa: S101
+        if bool(features) != (bundle is not None):
+            raise ValueError(f"A bundle makes features: name both or neither, got {bundle=} and {features=}.")
+        self.clips = clips
+        self.batch_size, self.device, self.precision = batch_size, device, precision
+        self.arrays: dict[str, np.ndarray] = {}
+        encoders: list[_Encoder] = [] if pipeline is None else [_PipelineEncoder(pipeline, device)]
+        if bundle is not None:
+            encoder = MotionEncoder.from_pretrained(bundle, device=device)
+            encoders += [_FEATURES[name](encoder) for name in features]
+        for each in encoders:
+            self._read_or_encode(Path(folder), each)
+
+    def __len__(self) -> int:
+        return len(self.clips)  # type: ignore[arg-type] # checked above
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One clip.
+
+        Args:
+            index: Which.
+
+        Returns:
+            `latents`, `image_latents`, `prompt_embeds` (what the backbone's `encode` gives), `motion_features` `(l c)`,
+            `motion_tokens` `(l d)` and `context_features` `(l c)`, as far as they were asked for; float32. With them
+            `empty_prompt_embeds` and `grey_features`, the embedding of no prompt and the features of a grey clip.
+        """
+        return {
+            name: torch.from_numpy(np.array(values[index if len(values) > 1 else 0])).float()
+            for name, values in self.arrays.items()
+        }
+
+    def _read_or_encode(self, root: Path, encoder: "_Encoder") -> None:
+        key = hashlib.sha256(f"{encoder.fingerprint} {_identity(self.clips)}".encode()).hexdigest()[:16]
+        folder = root / f"{type(encoder).__name__.strip('_')}-{key}"
+        if not (folder / _DONE).exists():
+            self._encode(folder, encoder)
+        for path in sorted(folder.glob("*.npy")):
+            self.arrays[path.stem] = np.load(path, mmap_mode="r")
+
+    @torch.no_grad()
+    def _encode(self, folder: Path, encoder: "_Encoder") -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name, constant in encoder.constants().items():
+            np.save(folder / f"{name}.npy", constant.cpu().half().numpy())
+        arrays: dict[str, np.ndarray] = {}
+        start = 0
+        for batch in tqdm(DataLoader(self.clips, self.batch_size), f"encode ({folder.name})"):
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                encoded: dict[str, Tensor] = encoder.encode(batch)
+            for name, values in encoded.items():
+                rows = values.float().cpu().half().numpy()
+                if name not in arrays:
+                    arrays[name] = np.lib.format.open_memmap(
+                        folder / f"{name}.npy", "w+", np.float16, (len(self), *rows.shape[1:])
+                    )
+                arrays[name][start : start + len(rows)] = rows
+            start += len(batch["video"])
+        for values in arrays.values():
+            values.flush()  # type: ignore[attr-defined] # open_memmap gives a memmap
+        (folder / _DONE).write_text(json.dumps({"clips": start}), encoding="utf-8")
+
+
+class _Encoder(Protocol):
+    fingerprint: str
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]: ...
+
+    def constants(self) -> dict[str, Tensor]: ...
+
+
+class _PipelineEncoder:
+    def __init__(self, source: str, device: str) -> None:
+        self.backbone, self.pipeline = load_pipeline(source, frozen=True)
+        self.pipeline.to(device)
+        modules = {name: getattr(self.pipeline, name) for name in self.backbone.frozen_parts}
+        prints = [fingerprint(name, {}, each) for name, each in modules.items() if isinstance(each, torch.nn.Module)]
+        self.fingerprint = " ".join(prints)
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        assert self.backbone.encode is not None  # noqa: S101 - load_pipeline refuses others
+        return self.backbone.encode(self.pipeline, batch["video"], batch["caption"])
+
+    def constants(self) -> dict[str, Tensor]:
+        size = self.pipeline.vae.config
+        grey = torch.zeros(1, 1, 3, size.sample_height, size.sample_width)
+        return {"empty_prompt_embeds": self.encode({"video": grey, "caption": [""]})["prompt_embeds"]}
+
+
+class _MotionFeatures:
+    def __init__(self, encoder: MotionEncoder) -> None:
+        self.encoder = encoder.video_encoder
+        self.fingerprint = self.encoder.fingerprint
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"motion_features": self.encoder(sample_frames(batch["video"], self.encoder.num_frames))}
+
+    def constants(self) -> dict[str, Tensor]:
+        size = self.encoder.size
+        grey = torch.zeros(1, self.encoder.num_frames, 3, size, size)
+        return {"grey_features": self.encoder(grey)}
+
+
+class _MotionTokens:
+    def __init__(self, encoder: MotionEncoder) -> None:
+        self.encoder = encoder
+        self.fingerprint = encoder.fingerprint("motion_tokens")
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"motion_tokens": self.encoder.encode_motion(sample_frames(batch["video"], self.encoder.num_frames))}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+
+class _ContextFeatures:
+    def __init__(self, encoder: MotionEncoder) -> None:
+        self.encoder = encoder.image_encoder
+        self.fingerprint = self.encoder.fingerprint
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"context_features": self.encoder(batch["video"][:, 0])}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+
+_FEATURES: dict[str, Callable[[MotionEncoder], _Encoder]] = {
+    "motion_features": _MotionFeatures,
+    "motion_tokens": _MotionTokens,
+    "context_features": _ContextFeatures,
+}
+
+
+def sample_frames(video: Tensor, count: int) -> Tensor:
+    """The frames that the video encoder sees.
+
+    Args:
+        video: `(b t c h w)`.
+        count: How many it takes.
+
+    Returns:
+        `(b count c h w)`.
+    """
+    return video[:, sample_indices(video.shape[1], count)]
+
+
+def load_pipeline(source: str, *, frozen: bool, dtype: torch.dtype = torch.float32) -> tuple[Backbone, Any]:
+    """Load the part of a diffusers pipeline that is needed.
+
+    Args:
+        source: Hub id or folder.
+        frozen: True for the parts that encode clips, False for the denoiser and what belongs to it.
+        dtype: Of the weights.
+
+    Returns:
+        The family and the pipeline, with None for the parts that are left out.
+
+    Raises:
+        ValueError: If motionrag cannot train the family.
+    """
+    import diffusers
+
+    name = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
+    pipeline_class = getattr(diffusers, name)
+    backbone = backbone_of_pipeline(pipeline_class)
+    if backbone.encode is None:
+        raise ValueError(f"{source} is a {backbone.name}, which motionrag cannot train.")
+    left_out = (backbone.denoiser,) if frozen else backbone.frozen_parts
+    options = dict.fromkeys(left_out)
+    return backbone, pipeline_class.from_pretrained(source, dtype=dtype, **options)
+
+
+def _identity(clips: Dataset) -> str:
+    """Names the clips: the datasets of this package say what they hold."""
+    identity = getattr(clips, "identity", None)
+    if identity is None:
+        raise ValueError(f"{type(clips).__name__} has no `identity`, so what is encoded of it cannot be kept.")
+    return str(identity)
