@@ -70,6 +70,8 @@ class BundleConfig:
         licence: Licence of the parts.
         base_model_licence: Licence of the base model's weights.
         min_similarity: Below this score nothing is injected (abstention), unless a call says otherwise.
+        guidance_scale: Classifier-free guidance of a call that names none; None takes the backbone's.
+        num_inference_steps: Denoising steps of a call that names none; None takes 50.
         format: Version of this layout.
     """
 
@@ -81,6 +83,8 @@ class BundleConfig:
     licence: str = ""
     base_model_licence: str = ""
     min_similarity: float | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
     format: int = FORMAT
 
     @classmethod

@@ -5,6 +5,8 @@ Results go to standard output, progress and warnings to standard error. Exit cod
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -158,7 +160,7 @@ def generate(
     scale: Annotated[float, typer.Option(help="Strength of the injected motion.")] = 1.0,
     min_similarity: Annotated[float | None, typer.Option(help="Inject nothing below this similarity.")] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition on the database's columns.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the bundle's, or 50.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -296,6 +298,46 @@ def demo(
         print(f"Note: {done.note}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: motionrag train --config configs/pocket/injection.yaml --devices 1 --trainer.max_steps=100",
+)
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option("--config", help="YAML file, such as those in configs/.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of this config.")] = False,
+    devices: Annotated[str | None, typer.Option(help="How many on each node, or auto. Default: the config's.")] = None,
+    num_nodes: Annotated[int | None, typer.Option(min=1, help="Machines. Default: the config's.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Of Lightning, such as ddp or fsdp. Default: the config's.")
+    ] = None,
+) -> None:
+    """Train by a config. Further --trainer.x=…, --model.init_args.x=… and --data.init_args.x=… win over the file."""
+    with _needs_lightning():
+        from motionrag.training.run import train as run
+
+    _hide_loading_bars()
+    given = {"devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+    options = [f"--trainer.{name}={value}" for name, value in given.items() if value is not None]
+    model = run(config, resume=resume, overrides=[*options, *context.args])
+    print(f"Done: {type(model).__name__} by {config}, {model.trainer.global_step} steps.")
+
+
+@app.command("new-bundle", epilog="Example: motionrag new-bundle THUDM/CogVideoX-5b-I2V --out bundles/cogvideox")
+def new_bundle(
+    base_model: Annotated[str, typer.Argument(help="Diffusers pipeline to train for: hub id or folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle; must not exist.")],
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Make an untrained bundle of the published sizes, to train from scratch."""
+    with _needs_lightning():
+        from motionrag.training.start import new_bundle as make
+
+    _hide_loading_bars()
+    make(base_model, out, seed=seed)
+    print(f"{out} is ready to be trained: motionrag train --config configs/…, see docs/training.md")
+
+
 @pocket_app.command(epilog="Example: motionrag pocket render --domain blick --count 100 clips/")
 def render(
     out: Annotated[Path, typer.Argument(help="Folder for the videos and captions.csv.")],
@@ -313,6 +355,18 @@ def render(
 
     captions = render_domain(out, named_domain(domain, family=family), count, seed=seed, truth=truth)
     print(f"{count} clips. Index them: motionrag index {out} --captions {captions} --out db/{domain}")
+
+
+@pocket_app.command("train", epilog="Example: motionrag pocket train")
+def pocket_train(
+    only: Annotated[list[str] | None, typer.Option(help="A step to run, again if it is done; repeatable.")] = None,
+    configs: Annotated[Path, typer.Option(help="Folder of the trainings' configs.")] = Path("configs/pocket"),
+) -> None:
+    """Make the pocket's weights from nothing, in a checkout of the project. Killed, the same command continues."""
+    from motionrag.pocket.recipe import train_pocket
+
+    for step, seconds in train_pocket(configs, only=only or ()).items():
+        print(f"{step:18} {seconds:8.0f} s")
 
 
 @evaluate_app.command("pocket", epilog="Example: motionrag evaluate pocket --quick --out outputs/evaluation")
@@ -388,6 +442,16 @@ def _hide_loading_bars() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def _needs_lightning() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("pytorch_lightning", "jsonargparse"):
+            raise
+        raise ImportError("Training needs Lightning: pip install 'motionrag[train]'") from error
 
 
 def _errors_in_words(errors: dict[str, float]) -> str:

@@ -133,7 +133,7 @@ class MotionRAGPipeline:
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -160,8 +160,8 @@ class MotionRAGPipeline:
             height: Pixels; None for the backbone's own.
             width: Pixels; None for the backbone's own.
             num_frames: Frames; None for the backbone's own.
-            num_inference_steps: Denoising steps.
-            guidance_scale: Classifier-free guidance, off at 1; None for the backbone's default.
+            num_inference_steps: Denoising steps; None for the bundle's default, or 50.
+            guidance_scale: Classifier-free guidance, off at 1; None for the bundle's default, or the backbone's.
             generator: Makes the result reproducible.
             output_type: "pil", "np" or "pt".
             **pipeline_options: Passed to the diffusers pipeline, for example `callback_on_step_end`.
@@ -178,7 +178,9 @@ class MotionRAGPipeline:
         is_single = not isinstance(image, (list, tuple)) and isinstance(prompt, str)
         assert self.backbone.output_size is not None  # noqa: S101 - every family with a pipeline has it
         height, width, num_frames = self.backbone.output_size(self.pipeline, height, width, num_frames)
-        guidance_scale = self.backbone.guidance_scale if guidance_scale is None else guidance_scale
+        defaults = self.bundle.config
+        guidance_scale = _first_given(guidance_scale, defaults.guidance_scale, self.backbone.guidance_scale)
+        num_inference_steps = _first_given(num_inference_steps, defaults.num_inference_steps, 50)
         pixels = [image_to_tensor(each) for each in images]
         pictures = [_to_pil(each) for each in pixels]
 
@@ -365,6 +367,11 @@ class MotionRAGPipeline:
         with self.injection.condition(motion_tokens.to(device), scale=scale.to(device)) as condition:
             frames = self.pipeline(**call).frames
             return frames, condition.effect()
+
+
+def _first_given(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _as_batch(image: Any, prompt: str | Sequence[str]) -> tuple[list[Any], list[str]]:

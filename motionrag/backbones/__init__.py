@@ -4,6 +4,8 @@ A backbone is a frozen, pretrained diffusers image-to-video model. To add one, w
 add its `Backbone` to `BACKBONES`; CONTRIBUTING.md walks through it.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from motionrag.backbones.backbone import Backbone
@@ -30,7 +32,7 @@ def backbone_of_denoiser(model: nn.Module) -> Backbone:
 
 
 def backbone_of_pipeline(pipeline_class: type) -> Backbone:
-    """Find the family of a diffusers pipeline, by the names of its classes.
+    """Find the family of a diffusers pipeline that motionrag generates with, by the names of its classes.
 
     Args:
         pipeline_class: For example `CogVideoXImageToVideoPipeline`, or a subclass of it.
@@ -41,10 +43,26 @@ def backbone_of_pipeline(pipeline_class: type) -> Backbone:
     Raises:
         ValueError: If no family generates with this class.
     """
-    return _find(
-        pipeline_class,
-        {backbone.pipeline_class: backbone for backbone in BACKBONES.values() if backbone.pipeline_class is not None},
-    )
+    return _find(pipeline_class, _pipelines(backbone for backbone in BACKBONES.values() if backbone.output_size))
+
+
+def trainable_backbone(pipeline_class: type) -> Backbone:
+    """Find the family of a diffusers pipeline that motionrag trains, by the names of its classes.
+
+    Args:
+        pipeline_class: For example `StableVideoDiffusionPipeline`.
+
+    Returns:
+        Its family.
+
+    Raises:
+        ValueError: If motionrag cannot train with this class.
+    """
+    return _find(pipeline_class, _pipelines(backbone for backbone in BACKBONES.values() if backbone.encode))
+
+
+def _pipelines(backbones: Iterable[Backbone]) -> dict[str, Backbone]:
+    return {backbone.pipeline_class: backbone for backbone in backbones if backbone.pipeline_class is not None}
 
 
 def _find(cls: type, families: dict[str, Backbone]) -> Backbone:
@@ -54,4 +72,4 @@ def _find(cls: type, families: dict[str, Backbone]) -> Backbone:
     raise ValueError(f"No backbone family knows {cls.__name__}; known are {', '.join(sorted(families))}.")
 
 
-__all__ = ["BACKBONES", "Backbone", "backbone_of_denoiser", "backbone_of_pipeline"]
+__all__ = ["BACKBONES", "Backbone", "backbone_of_denoiser", "backbone_of_pipeline", "trainable_backbone"]

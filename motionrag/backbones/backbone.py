@@ -19,13 +19,15 @@ class Backbone:
         injection_sites: Pattern of the paths of the attention output projections at which motion is injected.
         published_prefix: Prefix of the denoiser's keys in the published MotionRAG checkpoints.
         fps: Frames per second at which the family was trained.
-        pipeline_class: Class name of the diffusers pipeline; None while motionrag cannot generate with the family.
+        pipeline_class: Class name of the diffusers pipeline; None while motionrag can only adapt the denoiser.
         guidance_scale: Default strength of classifier-free guidance.
         output_size: The size of the video that a call will make, `(pipeline, height, width, num_frames)`, with None
-            filled in; raises ValueError naming the nearest valid size.
+            filled in; raises ValueError naming the nearest valid size. None while motionrag cannot generate with it.
         call_options: Further arguments that every call of the pipeline needs.
         encode: What training runs once for each clip, `(pipeline, video (b t c h w) in [-1, 1], captions)` → tensors
-            whose first dimension is the clip; None while motionrag cannot train the family.
+            whose first dimension is the clip; None while motionrag cannot train the family. `latents`, `image_latents`
+            and `prompt_embeds` are among them.
+        empty_prompt: Pipeline → `(1 n d)`, the `prompt_embeds` of the unconditional half of guidance.
         training_loss: `(pipeline, batch of what encode gave, generator, *, max_weight, motion_weight)` → `(b)`.
         frozen_parts: Parts of the pipeline that `encode` needs and `training_loss` does not.
     """
@@ -41,6 +43,7 @@ class Backbone:
     output_size: Callable[[Any, int | None, int | None, int | None], tuple[int, int, int]] | None = None
     call_options: Callable[[Any], dict[str, Any]] | None = None
     encode: Callable[..., dict[str, Tensor]] | None = None
+    empty_prompt: Callable[[Any], Tensor] | None = None
     training_loss: Callable[..., Tensor] | None = None
     frozen_parts: tuple[str, ...] = ()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from motionrag.backbones.backbone import Backbone
+from motionrag.backbones.loss import latent_error
 
 
 def output_size(pipeline: Any, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
@@ -100,17 +101,34 @@ def encode(pipeline: Any, video: Tensor, captions: Sequence[str]) -> dict[str, T
     else:
         latents = rearrange(vae.encode(pixels).latent_dist.mode(), "b c f h w -> b f c h w")
         images = vae.encode(pixels[:, :, :1]).latent_dist.mode()[:, :, 0]
-    prompt_embeds, _ = pipeline.encode_prompt(
-        list(captions),
+    return {
+        "latents": factor * latents,
+        "image_latents": images / factor if vae.config.invert_scale_latents else factor * images,
+        "prompt_embeds": _embed_prompts(pipeline, captions),
+    }
+
+
+@torch.no_grad()
+def empty_prompt(pipeline: Any) -> Tensor:
+    """The embedding of no words.
+
+    Args:
+        pipeline: With text encoder and tokenizer.
+
+    Returns:
+        `(1 n d)`.
+    """
+    return _embed_prompts(pipeline, [""])
+
+
+def _embed_prompts(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+    embeds, _ = pipeline.encode_prompt(
+        list(prompts),
         do_classifier_free_guidance=False,
         max_sequence_length=pipeline.tokenizer.model_max_length,
         device=pipeline.text_encoder.device,
     )
-    return {
-        "latents": factor * latents,
-        "image_latents": images / factor if vae.config.invert_scale_latents else factor * images,
-        "prompt_embeds": prompt_embeds,
-    }
+    return embeds
 
 
 def training_loss(
@@ -159,10 +177,7 @@ def training_loss(
     clean = scheduler.get_velocity(predicted, noisy, steps) if kind == "v_prediction" else predicted
     noise_share = 1 - scheduler.alphas_cumprod.to(latents)[steps]
     weight = (1 / noise_share).clamp(max=max_weight)
-    change = (latents - latents[:, :1]).abs().mean(dim=2, keepdim=True)
-    emphasis = 1 + motion_weight * torch.tanh(change)
-    error = (emphasis * (clean.float() - latents).square()).flatten(1).mean(1) / emphasis.flatten(1).mean(1)
-    return weight * error
+    return weight * latent_error(clean, latents, motion_weight=motion_weight)
 
 
 def _rotary_embedding(pipeline: Any, inputs: Tensor) -> Any:
@@ -233,6 +248,7 @@ COGVIDEOX = Backbone(
     output_size=output_size,
     call_options=call_options,
     encode=encode,
+    empty_prompt=empty_prompt,
     training_loss=training_loss,
     frozen_parts=("vae", "text_encoder", "tokenizer"),
 )

@@ -1,12 +1,118 @@
-"""Stable Video Diffusion: facts for the adapters. Generating with it is not wired into the pipeline yet.
+"""Stable Video Diffusion: sites, and how it is trained. Generating with it is not wired into the pipeline yet.
 
 Every spatial cross-attention (`attn2`) sees one image token, so its output, and with it what motion injection adds,
 is the same at every position, frame and step of a sample.
 """
 
 import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
 
 from motionrag.backbones.backbone import Backbone
+from motionrag.backbones.loss import latent_error
+
+FPS = 7
+MOTION_BUCKET = 127  # diffusers' default; the model was told how much a clip moves, here it learns that from the tokens
+SIGMA = (0.7, 1.6)  # log-normal noise level in training
+IMAGE_NOISE = (-3.0, 0.5)  # log-normal noise of the image that the video starts from
+
+
+@torch.no_grad()
+def encode(pipeline: Any, video: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Run what stays frozen in training: autoencoder and image encoder. The result can be stored.
+
+    The image is conditioned on with a little noise, which the autoencoder has to see: it is drawn here, once for each
+    clip, and follows from the clip's first frame.
+
+    Args:
+        pipeline: With VAE, image encoder and feature extractor; the UNet is not used.
+        video: `(b t c h w)` in [-1, 1].
+        captions: Not used; the model reads no text.
+
+    Returns:
+        `latents` `(b t c h w)`, `image_latents` `(b c h w)` of the noisy first frame, not scaled, `prompt_embeds`
+        `(b 1 d)` of the first frame, and its `noise_aug_strength` `(b)`.
+    """
+    vae, device = pipeline.vae, pipeline.vae.device
+    frames = rearrange(video, "b t c h w -> (b t) c h w").to(device=device, dtype=vae.dtype)
+    latents = rearrange(vae.encode(frames).latent_dist.mode(), "(b t) c h w -> b t c h w", b=len(video))
+    first = video[:, 0].float().cpu()
+    noises, strengths = [], []
+    for image in first:
+        generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes()))
+        strengths.append((IMAGE_NOISE[0] + IMAGE_NOISE[1] * torch.randn((), generator=generator)).exp())
+        noises.append(torch.randn(image.shape, generator=generator))
+    strength = torch.stack(strengths)
+    noisy = first + rearrange(strength, "b -> b 1 1 1") * torch.stack(noises)
+    pictures = pipeline.video_processor.postprocess(first, output_type="pil")
+    return {
+        "latents": vae.config.scaling_factor * latents,
+        "image_latents": vae.encode(noisy.to(frames)).latent_dist.mode(),
+        "prompt_embeds": pipeline._encode_image(pictures, device, 1, False),
+        "noise_aug_strength": strength,
+    }
+
+
+def empty_prompt(pipeline: Any) -> Tensor:
+    """What guidance puts in place of the image embedding.
+
+    Args:
+        pipeline: With image encoder.
+
+    Returns:
+        Zeros `(1 1 d)`.
+    """
+    return torch.zeros(1, 1, pipeline.image_encoder.config.projection_dim)
+
+
+def training_loss(
+    pipeline: Any,
+    batch: Mapping[str, Tensor],
+    generator: torch.Generator,
+    *,
+    max_weight: float,
+    motion_weight: float,
+) -> Tensor:
+    """The loss of EDM: squared error of the clean latents, weighted by (σ² + 1)/σ², with σ log-normal.
+
+    The network predicts v, and input, output and time are scaled as diffusers' `EulerDiscreteScheduler` does for SVD.
+    A clip whose embedding is empty loses its image latents too, as in the unconditional half of guidance.
+
+    Args:
+        pipeline: With UNet; nothing else is used.
+        batch: From `encode`.
+        generator: Of noise and noise levels, on the CPU.
+        max_weight: Highest value of (σ² + 1)/σ².
+        motion_weight: How much more latents count that differ from the first frame's; 0 treats all alike.
+
+    Returns:
+        One number for each clip `(b)`.
+    """
+    latents, embeds = batch["latents"], batch["prompt_embeds"]
+    drawn = torch.randn(len(latents), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    level = (SIGMA[0] + SIGMA[1] * drawn).exp().to(latents)
+    sigma = rearrange(level, "b -> b 1 1 1 1")
+    noisy = latents + sigma * noise
+    conditioned = rearrange(embeds.flatten(1).any(dim=1), "b -> b 1 1 1")
+    image = repeat(conditioned * batch["image_latents"], "b c h w -> b t c h w", t=latents.shape[1])
+    strength = batch["noise_aug_strength"]
+    settings = strength.new_tensor([FPS - 1, MOTION_BUCKET]).expand(len(latents), 2)  # SVD was told fps - 1
+    predicted = pipeline.unet(
+        torch.cat([noisy / (sigma**2 + 1).sqrt(), image], dim=2),
+        0.25 * level.log(),
+        encoder_hidden_states=embeds,
+        added_time_ids=torch.cat([settings, strength[:, None]], dim=1),
+    ).sample
+    clean = noisy / (sigma**2 + 1) - predicted.float() * sigma / (sigma**2 + 1).sqrt()
+    weight = ((level**2 + 1) / level**2).clamp(max=max_weight)
+    return weight * latent_error(clean, latents, motion_weight=motion_weight)
+
 
 SVD = Backbone(
     name="svd",
@@ -17,5 +123,10 @@ SVD = Backbone(
         r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+\.attn2\.to_out\.0"
     ),
     published_prefix="unet.",
-    fps=7,
+    fps=FPS,
+    pipeline_class="StableVideoDiffusionPipeline",
+    encode=encode,
+    empty_prompt=empty_prompt,
+    training_loss=training_loss,
+    frozen_parts=("vae", "image_encoder", "feature_extractor"),
 )

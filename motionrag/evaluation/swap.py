@@ -11,8 +11,7 @@ from itertools import count
 import numpy as np
 
 from motionrag.evaluation.material import SEED
-from motionrag.pocket.world import FAMILIES, NUM_FRAMES, SIZE, Domain, Scene, WorldClip, domain, render
-from motionrag.pocket.world.dynamics import Motion
+from motionrag.pocket.world import NUM_FRAMES, SIZE, Domain, WorldClip, domain, same_start
 
 # Trained, one thing, and the displacement is the same wherever it starts.
 FREE_FAMILIES = ("slide", "spring", "drift", "orbit", "spiral", "zigzag", "hop", "wander")
@@ -59,31 +58,7 @@ def _pair(rng: np.random.Generator, attempt: int) -> SwapPair | None:
     first = domain((SEED, 9, attempt, 1), family=str(families[0]))
     other = domain((SEED, 9, attempt, 2), family=str(families[1]))
     domains = (first, replace(first, dynamics=other.dynamics))
-    scene = Scene.sample(rng, first.style, 1)
-    radius = scene.things[0].radius
-    motions = [each.dynamics.move(rng, np.array([radius])) for each in domains]
-    paths = np.stack([motion.positions - motion.positions[:, :1] for motion in motions])[:, 0]  # (2 t 2)
-    low = 0.8 * radius - paths.min(axis=(0, 1))
-    high = SIZE - 0.8 * radius - paths.max(axis=(0, 1))
-    distance = np.sqrt(((paths[0] - paths[1]) ** 2).sum(-1).sum() / (NUM_FRAMES - 1))
-    if (low > high).any() or distance < _APART * SIZE:
-        return None
-    start = rng.uniform(low, high)
-    truths = [
-        _truth(scene, replace(motion, positions=(start + path)[None]), each)
-        for motion, path, each in zip(motions, paths, domains, strict=True)
-    ]
-    return SwapPair(domains, (truths[0], truths[1]))
-
-
-def _truth(scene: Scene, motion: Motion, moved_by: Domain) -> WorldClip:
-    return WorldClip(
-        **render(scene, motion, truth=False),
-        flow=np.zeros((0, 0, 0, 2), np.float32),
-        flow_visible=np.zeros((0, 0, 0), bool),
-        family=moved_by.dynamics.family,
-        parameters=dict(moved_by.dynamics.parameters),
-        caption=f"{scene.name} {moved_by.verb}",
-        plain_caption=f"{scene.name} {FAMILIES[moved_by.dynamics.family].words}",
-        things=scene.things,
-    )
+    one, two = same_start(domains, (SEED, 9, attempt, 0), truth=False)
+    distance = np.sqrt(((one.tracks - two.tracks) ** 2).sum(-1).sum() / (NUM_FRAMES - 1))
+    is_inside = all(each.visible.all() and each.tracks.min() > 0 and each.tracks.max() < SIZE for each in (one, two))
+    return SwapPair(domains, (one, two)) if is_inside and distance >= _APART * SIZE else None

@@ -232,6 +232,8 @@ def initialise(folder: str | Path) -> None:
         },
         trained=False,
         min_similarity=MIN_SIMILARITY,
+        guidance_scale=1.0,
+        num_inference_steps=20,
         licence=LICENCE,
         base_model_licence=LICENCE,
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from motionrag.backbones.cogvideox import single_frames
-from motionrag.training.optimisation import adamw
+from motionrag.training.optimisation import optimisation
 
 
 class AutoencoderTraining(lightning.LightningModule):
@@ -85,7 +85,7 @@ class AutoencoderTraining(lightning.LightningModule):
             Optimiser and schedule.
         """
         settings = self.hparams
-        return adamw(
+        return optimisation(
             self.vae.parameters(),
             learning_rate=settings["learning_rate"],
             weight_decay=0.0,

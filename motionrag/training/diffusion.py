@@ -1,15 +1,17 @@
 """Stages 0 and 1: the diffusion loss, with gradients to the backbone or to the motion injection alone."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as lightning
 import torch
 from torch import Tensor, nn
 
 from motionrag.bundle import MotionBundle
 from motionrag.training.encoded import load_pipeline
-from motionrag.training.optimisation import adamw
+from motionrag.training.optimisation import optimisation
 
 
 class _DiffusionTraining(lightning.LightningModule):
@@ -17,6 +19,7 @@ class _DiffusionTraining(lightning.LightningModule):
 
     backbone: Any
     pipeline: Any
+    source: str
 
     def diffusion_loss(self, batch: dict[str, Tensor], *, step: int) -> Tensor:
         """Loss of a batch, averaged; noise, timesteps and dropped prompts follow from seed, step and rank.
@@ -41,16 +44,19 @@ class _DiffusionTraining(lightning.LightningModule):
         )
         return losses.mean()
 
-    def generator(self, step: int) -> torch.Generator:
+    def generator(self, step: int, *, stream: int = 0) -> torch.Generator:
         """The source of chance of one batch.
 
         Args:
             step: Counts batches.
+            stream: What is drawn; streams are independent of each other.
 
         Returns:
             A generator on the CPU.
         """
-        return torch.Generator().manual_seed((self.hparams["seed"] << 40) + (step << 8) + self.global_rank)
+        # Hashed, because torch's generator looks at the lowest 32 bits of a seed only.
+        words = (self.hparams["seed"], self.global_rank, stream, step)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the loss on clips that are not trained on, with the same noise every time.
@@ -68,7 +74,7 @@ class _DiffusionTraining(lightning.LightningModule):
             Optimiser and schedule.
         """
         settings = self.hparams
-        return adamw(
+        return optimisation(
             self.parameters(),
             learning_rate=settings["learning_rate"],
             weight_decay=settings["weight_decay"],
@@ -116,7 +122,8 @@ class BackboneTraining(_DiffusionTraining):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.backbone, self.pipeline = load_pipeline(pipeline, frozen=False)
+        self.source = pipeline
+        self.backbone, self.pipeline = load_pipeline(self.source, frozen=False)
         self.denoiser: nn.Module = getattr(self.pipeline, self.backbone.denoiser).train()
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -158,6 +165,7 @@ class InjectionTraining(_DiffusionTraining):
         max_weight: Highest loss weight of a timestep, see the backbone's loss.
         motion_weight: How much more the loss counts what moves.
         gradient_checkpointing: Save memory for a third more time.
+        precision: Of the frozen backbone's weights, "float32" or "bfloat16"; what is trained is kept in float32.
         seed: Of noise and timesteps.
     """
 
@@ -175,13 +183,14 @@ class InjectionTraining(_DiffusionTraining):
         max_weight: float = 1e4,
         motion_weight: float = 0.0,
         gradient_checkpointing: bool = False,
+        precision: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.bundle = MotionBundle.from_pretrained(bundle)
-        source = pipeline or self.bundle.path_or_id(self.bundle.config.base_model)
-        self.backbone, self.pipeline = load_pipeline(str(source), frozen=False)
+        self.source = pipeline or self.bundle.path_or_id(self.bundle.config.base_model)
+        self.backbone, self.pipeline = load_pipeline(self.source, frozen=False, dtype=getattr(torch, precision))
         self.denoiser: nn.Module = getattr(self.pipeline, self.backbone.denoiser).requires_grad_(False)
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -214,7 +223,7 @@ class InjectionTraining(_DiffusionTraining):
         Returns:
             The loss.
         """
-        draw = self.generator(self.batches ^ (1 << 30))  # apart from the noise
+        draw = self.generator(self.batches, stream=1)
         drop = torch.rand(len(batch["latents"]), generator=draw) < self.hparams["token_dropout"]
         self.injection.clear_condition()
         self.injection.set_condition(self.motion_tokens(batch, drop))
@@ -269,13 +278,15 @@ class InjectionTraining(_DiffusionTraining):
             return
         batch = next(iter(self.trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
         grey = self.resampler(batch["grey_features"][:1].to(self.device))[0]
-        save_parts(
-            self.bundle,
-            self.hparams["bundle"],
-            unconditional_tokens=grey.float().cpu(),
-            motion_injection=self.injection,
-            motion_resampler=self.resampler,
-        )
+        save_parts(self.bundle, self.hparams["bundle"], unconditional_tokens=grey.float().cpu(), **self.trained_parts())
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """What this stage trains.
+
+        Returns:
+            Part of the bundle → module.
+        """
+        return {"motion_injection": self.injection, "motion_resampler": self.resampler}
 
 
 def save_parts(
@@ -289,8 +300,8 @@ def save_parts(
         unconditional_tokens: `(l d)`; None keeps the bundle's.
         **parts: Trained modules by name.
     """
+    # The last stage that a bundle needs is the one that trains CAMA.
+    config = replace(bundle.config, trained=bundle.config.trained or "cama" in parts)
     others = {name: getattr(bundle, name) for name in bundle.config.parts if name not in parts}
     tokens = bundle.unconditional_tokens if unconditional_tokens is None else unconditional_tokens
-    MotionBundle(bundle.config, folder=bundle.folder, unconditional_tokens=tokens, **others, **parts).save_pretrained(
-        folder
-    )
+    MotionBundle(config, folder=bundle.folder, unconditional_tokens=tokens, **others, **parts).save_pretrained(folder)

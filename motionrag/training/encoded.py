@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from motionrag.backbones import Backbone, backbone_of_pipeline
+from motionrag.backbones import Backbone, trainable_backbone
 from motionrag.encoder import MotionEncoder
 from motionrag.encoders.fingerprint import fingerprint
 from motionrag.video import sample_indices
@@ -75,7 +76,7 @@ class EncodedClips(Dataset):
         Returns:
             `latents`, `image_latents`, `prompt_embeds` (what the backbone's `encode` gives), `motion_features` `(l c)`,
             `motion_tokens` `(l d)` and `context_features` `(l c)`, as far as they were asked for; float32. With them
-            `empty_prompt_embeds` and `grey_features`, the embedding of no prompt and the features of a grey clip.
+            `empty_prompt_embeds` and `grey_features`, what stands for no prompt and the features of a grey clip.
         """
         return {
             name: torch.from_numpy(np.array(values[index if len(values) > 1 else 0])).float()
@@ -85,8 +86,10 @@ class EncodedClips(Dataset):
     def _read_or_encode(self, root: Path, encoder: "_Encoder") -> None:
         key = hashlib.sha256(f"{encoder.fingerprint} {_identity(self.clips)}".encode()).hexdigest()[:16]
         folder = root / f"{type(encoder).__name__.strip('_')}-{key}"
-        if not (folder / _DONE).exists():
-            self._encode(folder, encoder)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # one of several training processes encodes, the others wait and read
+            if not (folder / _DONE).exists():
+                self._encode(folder, encoder)
         for path in sorted(folder.glob("*.npy")):
             self.arrays[path.stem] = np.load(path, mmap_mode="r")
 
@@ -135,9 +138,8 @@ class _PipelineEncoder:
         return self.backbone.encode(self.pipeline, batch["video"], batch["caption"])
 
     def constants(self) -> dict[str, Tensor]:
-        size = self.pipeline.vae.config
-        grey = torch.zeros(1, 1, 3, size.sample_height, size.sample_width)
-        return {"empty_prompt_embeds": self.encode({"video": grey, "caption": [""]})["prompt_embeds"]}
+        assert self.backbone.empty_prompt is not None  # noqa: S101 - likewise
+        return {"empty_prompt_embeds": self.backbone.empty_prompt(self.pipeline)}
 
 
 class _MotionFeatures:
@@ -216,9 +218,7 @@ def load_pipeline(source: str, *, frozen: bool, dtype: torch.dtype = torch.float
 
     name = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
     pipeline_class = getattr(diffusers, name)
-    backbone = backbone_of_pipeline(pipeline_class)
-    if backbone.encode is None:
-        raise ValueError(f"{source} is a {backbone.name}, which motionrag cannot train.")
+    backbone = trainable_backbone(pipeline_class)
     left_out = (backbone.denoiser,) if frozen else backbone.frozen_parts
     options = dict.fromkeys(left_out)
     return backbone, pipeline_class.from_pretrained(source, dtype=dtype, **options)

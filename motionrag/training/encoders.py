@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from motionrag.bundle import MotionBundle
 from motionrag.encoder import MotionEncoder
 from motionrag.training.diffusion import save_parts
-from motionrag.training.optimisation import adamw
+from motionrag.training.optimisation import optimisation
 from motionrag.video import sample_indices
 
 _GRID = 8  # places at which a readout answers, in each direction
@@ -78,7 +78,7 @@ class _EncoderTraining(lightning.LightningModule):
             Optimiser and schedule.
         """
         settings = self.hparams
-        return adamw(
+        return optimisation(
             self.parameters(),
             learning_rate=settings["learning_rate"],
             weight_decay=1e-2,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def adamw(
+def optimisation(
     parameters: Iterable[nn.Parameter],
     *,
     learning_rate: float,
@@ -19,7 +19,7 @@ def adamw(
     """Build what `configure_optimizers` returns.
 
     Args:
-        parameters: What is trained.
+        parameters: What is trained, and what is not.
         learning_rate: The highest.
         weight_decay: For matrices; vectors (biases, norms) are not decayed.
         warmup_steps: Steps up to the highest learning rate.

@@ -48,7 +48,7 @@ def test_no_query_is_a_training_clip():
             for index, each in enumerate(domains("seen", 4))
         ]
     )
-    trained = [training_clip(seed, index, truth=False) for seed in (1, 2) for index in range(4)]
+    trained = [training_clip(seed, index) for seed in (1, 2) for index in range(4)]
     for clip in trained:
         assert not any(np.array_equal(clip.frames, query) for query in queries.frames.numpy())
 

@@ -1,0 +1,86 @@
+"""`python benchmarks/adaptation.py`: stage-2 steps from stored tokens against encoding on the fly, in one run.
+
+Both train the same networks on the same clips, in turn. On the fly, every step runs the video encoder over all k+1
+clips and the image encoder over their first frames, and reads the clips as arrays: no video is decoded, which would make
+the ratio larger. The figures are medians of wall time; the losses of both must agree.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+from torch.utils.data import default_collate
+
+from motionrag.encoder import MotionEncoder
+from motionrag.pocket.clips import PocketClips
+from motionrag.training import AdaptationTraining, EncodedClips, RetrievedReferences
+from motionrag.training.encoded import sample_frames
+
+
+def main() -> None:
+    """Print seconds for each, and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", default="pocket")
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    source = str(MotionEncoder.from_pretrained(options.bundle).bundle.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = PocketClips(options.clips, seed=9, folder=folder)
+        encoded = EncodedClips(
+            clips,
+            folder=folder,
+            bundle=source,
+            features=["motion_tokens", "context_features"],
+            precision="float32",
+        )
+        references = RetrievedReferences(encoded, source)
+        encoder = MotionEncoder.from_pretrained(source)
+        module = AdaptationTraining(source)
+        module.log = lambda *_, **__: None  # type: ignore[method-assign]
+        optimiser = module.configure_optimizers()["optimizer"]
+        optimiser.param_groups[0]["lr"] = optimiser.param_groups[1]["lr"] = 0.0  # both see the same weights
+
+        def step(batch: dict[str, torch.Tensor]) -> float:
+            loss = module.training_step(batch, 0)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            return loss.item()
+
+        def stored(rows: list[int]) -> float:
+            return step(default_collate([references[row] for row in rows]))
+
+        @torch.no_grad()
+        def on_the_fly(rows: list[int]) -> dict[str, torch.Tensor]:
+            order = [[*references.neighbours[row][::-1], row] for row in rows]
+            videos = [torch.stack([clips.video(int(clip)) for clip in each]) for each in order]
+            frames = [sample_frames(video, encoder.num_frames) for video in videos]
+            return {
+                "motion_tokens": torch.stack([encoder.encode_motion(list(each)) for each in frames]),
+                "context_features": torch.stack([encoder.image_encoder(video[:, 0]) for video in videos]),
+            }
+
+        seconds: dict[str, list[float]] = {"stored": [], "on the fly": []}
+        for repeat in range(options.repeats):
+            first = repeat * options.batch_size % options.clips
+            rows = [(first + clip) % options.clips for clip in range(options.batch_size)]
+            since = time.perf_counter()
+            one = stored(rows)
+            seconds["stored"].append(time.perf_counter() - since)
+            since = time.perf_counter()
+            other = step(on_the_fly(rows))
+            seconds["on the fly"].append(time.perf_counter() - since)
+            if abs(one - other) > 0.01 * abs(other):
+                raise SystemExit(f"The losses differ: {one} from stored tokens, {other} on the fly.")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:12} {median:.4f} s a step, {options.batch_size / median:.1f} samples/s")
+    print(f"ratio        {medians['on the fly'] / medians['stored']:.1f}")
+
+
+if __name__ == "__main__":
+    main()

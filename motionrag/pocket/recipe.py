@@ -1,0 +1,124 @@
+"""The recipe: every step from nothing to the pocket's weights, in one restartable command.
+
+    motionrag pocket train
+
+Each step is a config of `configs/pocket`, run by the same training code as the real sizes. A step that is done is not
+run again; one that was killed continues from its last checkpoint. What is trained lies in `outputs/pocket/weights` in
+float32; `pack` writes it into the package in float16. The model card beside the weights is written by hand.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from motionrag.bundle import MotionBundle
+from motionrag.encoder import MotionEncoder
+from motionrag.pocket.initialise import initialise
+
+WORK = Path("outputs/pocket")
+WEIGHTS = WORK / "weights"
+PACKAGE = Path(__file__).parent / "weights"
+# In this order: an encoder is frozen before anything learns from its features.
+TRAININGS = (
+    "autoencoder",
+    "backbone",
+    "video_encoder",
+    "injection",
+    "image_encoder",
+    "retrieval_encoder",
+    "adaptation",
+)
+SIZE_LIMIT = 25_000_000  # bytes
+
+logger = logging.getLogger(__name__)
+
+
+def train_pocket(configs: str | Path = "configs/pocket", *, only: Sequence[str] = ()) -> dict[str, float]:
+    """Run the steps that are not done yet, then pack the weights.
+
+    Args:
+        configs: Folder of the trainings' configs, which name `outputs/pocket`.
+        only: Steps to run; none: all.
+
+    Returns:
+        Step → seconds, as measured when it ran.
+
+    Raises:
+        ValueError: If there is no such step.
+    """
+    from motionrag.training import train
+
+    def training(name: str) -> Callable[[], object]:
+        return lambda: train(Path(configs) / f"{name}.yaml", resume=True)
+
+    steps: dict[str, Callable[[], object]] = {
+        "initialise": lambda: initialise(WEIGHTS),
+        **{name: training(name) for name in TRAININGS},
+        "pack": lambda: pack(WEIGHTS, PACKAGE),
+    }
+    unknown = set(only) - steps.keys()
+    if unknown:
+        raise ValueError(f"There is no step {', '.join(sorted(unknown))}; the steps are {', '.join(steps)}.")
+    record = _Record(WORK / "done.json")
+    for name in only or steps:
+        if name in record.seconds and name not in only:
+            continue
+        logger.warning("%s begins", name)
+        since = time.monotonic()
+        steps[name]()
+        record.add(name, time.monotonic() - since)
+    return record.seconds
+
+
+class _Record:
+    """Which steps are done and how long they took; an interrupted step counts its last run only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def add(self, step: str, seconds: float) -> None:
+        self.seconds[step] = round(seconds, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
+
+
+def pack(source: str | Path, target: str | Path) -> None:
+    """Write the trained weights in float16, marked as trained; unconditional tokens follow from the halves.
+
+    Args:
+        source: Folder in float32.
+        target: Folder that is shipped; what was there is replaced file by file.
+
+    Raises:
+        ValueError: If the result is larger than what a package may carry.
+    """
+    import dataclasses
+
+    import diffusers
+
+    source, target = Path(source), Path(target)
+    bundle = MotionBundle.from_pretrained(source)
+    encoder = MotionEncoder(bundle)
+    base = bundle.path_or_id(bundle.config.base_model)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.float16)
+    pipeline.save_pretrained(target / bundle.config.base_model)
+    parts: dict[str, Any] = {name: getattr(bundle, name).half() for name in bundle.config.parts}
+    for name, entry in bundle.config.encoders.items():
+        part = getattr(encoder, f"{name}_encoder")
+        part.half().save_pretrained(target / entry.source)
+    video = encoder.video_encoder.float()  # the halves' values
+    grey = torch.zeros(1, video.num_frames, 3, video.size, video.size)
+    with torch.no_grad():
+        tokens = parts["motion_resampler"].float()(video(grey))[0].half()
+    parts["motion_resampler"].half()
+    config = dataclasses.replace(bundle.config, trained=True)
+    MotionBundle(config, unconditional_tokens=tokens, **parts).save_pretrained(target)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    if size > SIZE_LIMIT:
+        raise ValueError(f"{target} holds {size / 1e6:.1f} MB, more than the {SIZE_LIMIT / 1e6:.0f} MB that ship.")

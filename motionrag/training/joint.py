@@ -1,0 +1,94 @@
+"""Stage 3: everything that is trained together, from retrieved references to the diffusion loss."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from motionrag.training.adaptation import retrieve
+from motionrag.training.diffusion import InjectionTraining
+from motionrag.training.encoded import EncodedClips
+
+
+class ReferencedClips(Dataset):
+    """Every clip as the backbone sees it, with the features of the references that its caption retrieves.
+
+    Args:
+        clips: With latents, motion features and context features.
+        bundle: Whose sentence encoder compares the captions.
+        num_references: For each clip, k.
+    """
+
+    def __init__(self, clips: EncodedClips, bundle: str, *, num_references: int = 9) -> None:
+        self.clips = clips
+        self.neighbours = retrieve(clips, bundle, num_references)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One clip and its references.
+
+        Args:
+            index: Of the clip.
+
+        Returns:
+            What `EncodedClips` gives of the clip; in place of its own features `motion_features` `(k l c)` of the
+            references, the most similar last, and `context_features` `(k+1 l c)` of these and, last, the clip.
+        """
+        references = list(self.neighbours[index][::-1])
+        chosen = {"motion_features": references, "context_features": [*references, index]}
+        features = {
+            name: torch.from_numpy(np.stack([self.clips.arrays[name][row] for row in rows])).float()
+            for name, rows in chosen.items()
+        }
+        return {**self.clips[index], **features}
+
+
+class JointTraining(InjectionTraining):
+    """Stage 3: both resamplers, CAMA and motion injection learn from the diffusion loss. The backbone is frozen.
+
+    Paper, 3.5: AdamW 5e-5. The motion that is injected is what CAMA makes of the references.
+
+    Args:
+        bundle: Folder of the bundle after stages 1 and 2; the trained parts are written back when training ends.
+        **options: As for `InjectionTraining`.
+    """
+
+    def __init__(self, bundle: str, **options: Any) -> None:
+        super().__init__(bundle, **options)
+        self.cama = self.bundle.cama.requires_grad_(True)
+        self.context_resampler = self.bundle.context_resampler.requires_grad_(True)
+
+    def motion_tokens(self, batch: dict[str, Tensor], drop: Tensor | None = None) -> Tensor:
+        """Motion tokens that CAMA predicts for the clips.
+
+        Args:
+            batch: From `ReferencedClips`.
+            drop: Clips whose tokens are replaced by a grey clip's `(b)`, bool; None: none.
+
+        Returns:
+            `(b l d)`.
+        """
+        motion, context = batch["motion_features"], batch["context_features"]
+        references = self.resampler(rearrange(motion, "b k l c -> (b k) l c"))
+        context_tokens = self.context_resampler(rearrange(context, "b k l c -> (b k) l c"))
+        predicted = self.cama.predict(
+            rearrange(references, "(b k) l d -> b k l d", b=len(motion)),
+            rearrange(context_tokens, "(b k) l d -> b k l d", b=len(context)),
+        )
+        if drop is None:
+            return predicted
+        grey = self.resampler(batch["grey_features"][:1]).to(predicted)
+        return torch.where(drop[:, None, None].to(predicted.device), grey, predicted)
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """What this stage trains.
+
+        Returns:
+            Part of the bundle → module.
+        """
+        return {**super().trained_parts(), "cama": self.cama, "context_resampler": self.context_resampler}

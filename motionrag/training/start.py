@@ -1,0 +1,95 @@
+"""Where training from scratch starts: an untrained bundle of the published sizes for a backbone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from motionrag.adapters import AttentionInjection
+from motionrag.backbones import trainable_backbone
+from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle
+from motionrag.models import CAMA, Resampler
+
+# The video encoder is the published one. Sentence encoders that run code of their own are never loaded, so the text
+# encoder is another.
+ENCODERS = {
+    "video": EncoderSource("MCG-NJU/videomae-base-finetuned-ssv2", "CC-BY-NC-4.0"),
+    "image": EncoderSource("facebook/dinov2-large", "Apache-2.0"),
+    "clip": EncoderSource("ViT-B-32", "MIT", pretrained="laion2b_s34b_b79k"),
+    "text": EncoderSource("sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0"),
+}
+NUM_TOKENS, TOKEN_DIM = 25, 1024
+
+
+def new_bundle(
+    base_model: str,
+    folder: str | Path,
+    *,
+    encoders: Mapping[str, EncoderSource] = ENCODERS,
+    seed: int = 0,
+) -> MotionBundle:
+    """Write an untrained bundle of the published sizes. Of base model and encoders only the configs are read.
+
+    Args:
+        base_model: Diffusers pipeline, hub id or folder.
+        folder: Of the bundle; must not exist.
+        encoders: "video", "image", "clip" and "text" → frozen encoder.
+        seed: Of the weights.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        FileExistsError: If there is something at `folder`.
+        ValueError: If motionrag cannot train this backbone.
+    """
+    import diffusers
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; an untrained bundle would replace what is in it.")
+    if Path(base_model).is_dir():
+        base_model = str(Path(base_model).resolve())
+    backbone = trainable_backbone(
+        getattr(diffusers, diffusers.DiffusionPipeline.load_config(base_model)["_class_name"])
+    )
+    denoiser_class = getattr(diffusers, backbone.denoiser_class)
+    denoiser_config = denoiser_class.load_config(base_model, subfolder=backbone.denoiser)
+    with torch.device("meta"):  # gigabytes, of which the adapter needs the shapes
+        denoiser = denoiser_class.from_config(denoiser_config)
+    torch.manual_seed(seed)
+    injection = AttentionInjection.for_model(denoiser, token_dim=TOKEN_DIM)
+    resampler = {
+        "dim": TOKEN_DIM,
+        "output_dim": TOKEN_DIM,
+        "num_queries": NUM_TOKENS,
+        "depth": 4,
+        "num_heads": 12,
+        "head_dim": 64,
+    }
+    widths = {name: int(AutoConfig.from_pretrained(encoders[name].source).hidden_size) for name in ("video", "image")}
+    motion_resampler = {"input_dim": widths["video"], **resampler}
+    context_resampler = {"input_dim": widths["image"], **resampler}
+    cama = {"dim": TOKEN_DIM, "depth": 4, "num_heads": 16, "ff_dim": 4 * TOKEN_DIM, "num_tokens": NUM_TOKENS}
+    bundle = MotionBundle(
+        BundleConfig(
+            backbone=backbone.name,
+            base_model=base_model,
+            encoders=dict(encoders),
+            parts={
+                "motion_resampler": motion_resampler,
+                "context_resampler": context_resampler,
+                "cama": cama,
+                "motion_injection": injection.config(),
+            },
+            trained=False,
+        ),
+        unconditional_tokens=torch.zeros(NUM_TOKENS, TOKEN_DIM),  # follow from the trained resampler
+        motion_resampler=Resampler(**motion_resampler),
+        context_resampler=Resampler(**context_resampler),
+        cama=CAMA(**cama),
+        motion_injection=injection,
+    )
+    bundle.save_pretrained(folder)
+    return bundle
