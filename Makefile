@@ -35,4 +35,6 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,dev]'
+	# jsonargparse and pydoclint bring two packages that both write docstring_parser/; the fork serves either.
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall docstring-parser-fork
 	touch $@

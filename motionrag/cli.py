@@ -384,20 +384,23 @@ def evaluate_pocket(
     column: Annotated[
         list[str] | None, typer.Option(help="seen, held-out-parameters or held-out-families; repeatable.")
     ] = None,
+    dtype: Annotated[Precision, typer.Option(help="Working precision of the backbone.")] = Precision.float32,
     as_json: AsJSON = False,
 ) -> None:
     """Compare no retrieval, plain tokens, CAMA and the ceiling with the truth, and swap databases."""
     from dataclasses import replace
 
+    import torch
+
     from motionrag.evaluation import QUICK, Sizes, evaluate_pocket
+    from motionrag.pipeline import MotionRAGPipeline
 
     _hide_loading_bars()
+    pipe = MotionRAGPipeline.from_pretrained(backbone, dtype=getattr(torch, dtype.value))
     given = {"domains": domains, "queries": queries, "seeds": seeds}
     sizes = replace(QUICK if quick else Sizes(), **{name: value for name, value in given.items() if value is not None})
     options = {} if column is None else {"columns": column}
-    report = evaluate_pocket(
-        backbone, out=out, sizes=sizes, num_inference_steps=steps, guidance_scale=guidance, **options
-    )
+    report = evaluate_pocket(pipe, out=out, sizes=sizes, num_inference_steps=steps, guidance_scale=guidance, **options)
     if as_json:
         _print_json(report.summary)
         return

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from motionrag.bundle import resolve
 from motionrag.pocket.initialise import initialise
+from motionrag.pocket.recipe import pack
 
 WEIGHTS = resolve("pocket")
 
@@ -26,17 +29,20 @@ def test_size():
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*")) <= 25e6
 
 
-def test_it_says_that_it_is_not_trained():
+def test_it_says_what_it_is():
     config = json.loads((WEIGHTS / "config.json").read_text())
-    assert config["trained"] is False
+    assert config["trained"] is True
     assert config["licence"]
     assert all(entry["licence"] for entry in config["encoders"].values())
+    card = (WEIGHTS / "README.md").read_text()
+    for word in ("motionrag pocket train", "seed", "Limits", "Apache-2.0"):
+        assert word in card
 
 
 def test_it_holds_no_code_and_no_path_of_the_machine_that_made_it():
     for file in WEIGHTS.rglob("*"):
         if file.is_file():
-            assert file.suffix in (".json", ".safetensors", ".txt"), file
+            assert file.suffix in (".json", ".safetensors", ".txt", ".md"), file
             if file.suffix == ".json":
                 assert "/home/" not in file.read_text()
                 assert "/tmp/" not in file.read_text()
@@ -73,29 +79,41 @@ def test_it_loads_offline_in_a_fresh_process(tmp_path):
 
 @pytest.fixture(scope="module")
 def remade(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pocket") / "weights"
-    initialise(folder)
-    return folder
+    """What the recipe would ship if it trained nothing."""
+    folder = tmp_path_factory.mktemp("pocket")
+    initialise(folder / "weights")
+    pack(folder / "weights", folder / "packed")
+    return folder / "packed"
 
 
-def test_initialise_makes_the_same_files(remade):
+def test_the_recipe_ships_these_files(remade):
     def listing(folder):
         return {file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file()}
 
-    assert listing(remade) == listing(WEIGHTS)
+    assert listing(remade) | {"README.md"} == listing(WEIGHTS)
 
 
-def test_initialise_makes_the_same_configs(remade):
+def test_the_recipe_ships_these_configs(remade):
     def content(file):
         value = json.loads(file.read_text())
-        # Which library version wrote a file is no property of the pocket.
+        # Which library version wrote a file is no property of the pocket; the scale of latents is learned.
         dropped = ("_diffusers_version", "transformers_version", "__version__", "_name_or_path", "_commit_hash")
+        dropped += ("scaling_factor",)
         return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
 
     for file in WEIGHTS.rglob("*.json"):
         assert content(remade / file.relative_to(WEIGHTS)) == content(file), file
 
 
-def test_initialise_makes_the_same_keys_and_shapes(remade):
+def test_the_recipe_ships_these_keys_shapes_and_precisions(remade):
     for file in WEIGHTS.rglob("*.safetensors"):
         assert tensors(remade / file.relative_to(WEIGHTS)) == tensors(file), file
+
+
+def test_training_changed_what_is_trained_and_nothing_else(remade):
+    untouched = {"text_encoder/model.safetensors", "backbone/text_encoder/model.safetensors"}
+    for file in WEIGHTS.rglob("*.safetensors"):
+        name = file.relative_to(WEIGHTS).as_posix()
+        first, last = load_file(remade / name), load_file(file)
+        same = all(torch.equal(first[key], last[key]) for key in first)
+        assert same == (name in untouched), name

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -56,8 +57,10 @@ class PocketClips(Dataset):
         self.seed, self.clips_per_domain = seed, clips_per_domain
         self.identity = f"pocket {seed} {count} {clips_per_domain}"
         self.folder = Path(folder) / f"seed-{seed}-clips-{count}-per-domain-{clips_per_domain}"
-        if not (self.folder / "captions.json").exists():  # written last
-            _render_all(self.folder, count, seed, clips_per_domain, num_workers)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.folder}.lock"):  # one of several training processes renders, the others wait
+            if not (self.folder / "captions.json").exists():  # written last
+                _render_all(self.folder, count, seed, clips_per_domain, num_workers)
         self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
         self.captions: list[list[str]] = json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))
 

@@ -173,7 +173,8 @@ def run_demo(
     pipeline = MotionRAGPipeline.from_pretrained("pocket")
     pipeline.pipeline.set_progress_bar_config(disable=True)
     note = "" if pipeline.bundle.config.trained else UNTRAINED
-    options: dict[str, Any] = {"output_type": "np"}
+    # The prompt names no motion, so no caption is similar to it; here the database alone is to say how things move.
+    options: dict[str, Any] = {"output_type": "np", "min_similarity": -1.0}
     if num_inference_steps is not None:
         options["num_inference_steps"] = num_inference_steps
     clock.lap("load")

@@ -207,9 +207,7 @@ class AdaptationTraining(lightning.LightningModule):
             context = self.resampler(rearrange(features, "b k l c -> (b k) l c"))
             context_tokens = rearrange(context, "(b k) l d -> b k l d", b=len(features))
         elif self.hparams["train_context"]:
-            raise ValueError(
-                "On stored context tokens no context resampler learns; set train_context to false."
-            )
+            raise ValueError("On stored context tokens no context resampler learns; set train_context to false.")
         else:
             context_tokens = batch["context_tokens"]
         return self.cama(batch["motion_tokens"][:, :-1], context_tokens)

@@ -96,7 +96,7 @@ class AutoencoderTraining(lightning.LightningModule):
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Set the scale that gives latents unit variance, and write the VAE."""
-        loader = self.trainer.val_dataloaders or self.trainer.train_dataloader
+        loader: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
         batch = next(iter(loader))
         with single_frames(self.vae):
             latents = self.vae.encode(rearrange(batch["video"].to(self.device), "b t c h w -> b c t h w")).latent_dist

@@ -112,8 +112,8 @@ class EncodedClips(Dataset):
                     )
                 arrays[name][start : start + len(rows)] = rows
             start += len(batch["video"])
-        for values in arrays.values():
-            values.flush()  # type: ignore[attr-defined] # open_memmap gives a memmap
+        for stored in arrays.values():
+            stored.flush()  # type: ignore[attr-defined] # open_memmap gives a memmap
         (folder / _DONE).write_text(json.dumps({"clips": start}), encoding="utf-8")
 
 
@@ -162,7 +162,8 @@ class _MotionTokens:
         self.fingerprint = encoder.fingerprint("motion_tokens")
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"motion_tokens": self.encoder.encode_motion(sample_frames(batch["video"], self.encoder.num_frames))}
+        frames = sample_frames(batch["video"], self.encoder.num_frames)
+        return {"motion_tokens": self.encoder.encode_motion(list(frames))}
 
     def constants(self) -> dict[str, Tensor]:
         return {}

@@ -6,11 +6,12 @@ parameters it is; the image encoder where things are, with their colours and sha
 with a description. Video and image encoder are trained together with their resamplers, so that 25 tokens carry it.
 """
 
+import math
 from typing import Any
 
 import pytorch_lightning as lightning
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,54 +21,51 @@ from motionrag.training.diffusion import save_parts
 from motionrag.training.optimisation import optimisation
 from motionrag.video import sample_indices
 
-_GRID = 8  # places at which a readout answers, in each direction
-_FINE = 2  # answers of occupancy in each direction of a place
+_GRID = 8  # cells about which a readout answers, in each direction
+_CELL = 4  # pixels: as fine as a feature is asked about its own patch
 
 
 class Readout(nn.Module):
-    """Answers questions about places and times from a clip's tokens: one query for each, one cross-attention.
+    """Answers questions from all tokens of a clip or an image at once.
 
     Args:
+        num_tokens: l.
         dim: Channels of the tokens.
-        num_times: Times that are asked about.
-        num_answers: Numbers for each place and time.
+        answers: Name → shape of what is asked, without the batch.
     """
 
-    def __init__(self, *, dim: int, num_times: int, num_answers: int) -> None:
+    def __init__(self, *, num_tokens: int, dim: int, answers: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
-        self.times = nn.Parameter(torch.randn(num_times, 1, dim) * 0.5)
-        self.places = nn.Parameter(torch.randn(1, _GRID * _GRID, dim) * 0.5)
-        self.norm = nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, 4, batch_first=True)
-        self.answer = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, num_answers)
-        )
+        self.answers = answers
+        self.sizes = [math.prod(shape) for shape in answers.values()]
+        self.layers = nn.Sequential(nn.Linear(num_tokens * dim, 384), nn.GELU(), nn.Linear(384, sum(self.sizes)))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """Answer.
 
         Args:
             tokens: `(b l d)`.
 
         Returns:
-            `(b t h w a)`.
+            Name → `(b *shape)`, float32.
         """
-        queries = repeat(self.times + self.places, "t p d -> b (t p) d", b=len(tokens))
-        attended, _ = self.attention(self.norm(queries), tokens, tokens, need_weights=False)
-        return rearrange(self.answer(queries + attended), "b (t h w) a -> b t h w a", h=_GRID, w=_GRID)
+        said = self.layers(rearrange(tokens, "b l d -> b (l d)")).float().split(self.sizes, dim=1)
+        return {
+            name: values.unflatten(1, shape) for (name, shape), values in zip(self.answers.items(), said, strict=True)
+        }
 
 
-def occupancy(masks: Tensor) -> Tensor:
-    """Share of each place that is covered by things, finer than the grid.
+def occupancy(masks: Tensor, grid: int) -> Tensor:
+    """Share of each cell that is covered by things.
 
     Args:
         masks: `(b t h w)`, 0 for the backdrop.
+        grid: Cells in each direction.
 
     Returns:
-        `(b t h w a)`: the four quarters of each of 8×8 places.
+        `(b t grid grid)`.
     """
-    covered = F.adaptive_avg_pool2d((masks > 0).float(), _GRID * _FINE)
-    return rearrange(covered, "b t (h i) (w j) -> b t h w (i j)", i=_FINE, j=_FINE)
+    return F.adaptive_avg_pool2d((masks > 0).float(), grid)
 
 
 class _EncoderTraining(lightning.LightningModule):
@@ -114,10 +112,22 @@ class VideoEncoderTraining(_EncoderTraining):
         self.bundle = MotionBundle.from_pretrained(bundle)
         self.encoder = MotionEncoder(self.bundle).video_encoder.requires_grad_(True)
         self.resampler = self.bundle.motion_resampler.requires_grad_(True)
-        dim = self.resampler.proj_out.out_features
-        self.readout = Readout(dim=dim, num_times=self.encoder.num_frames, num_answers=_FINE**2 + 2)
-        self.family = nn.Linear(dim, num_families)
-        self.parameter_values = nn.Linear(dim, num_families * num_parameters)
+        config = self.bundle.config.parts["motion_resampler"]
+        times = self.encoder.num_frames
+        self.readout = Readout(
+            num_tokens=config["num_queries"],
+            dim=config["output_dim"],
+            answers={
+                "track": (times, 2),
+                "backdrop": (times, 2),
+                "occupancy": (times, _GRID, _GRID),
+                "family": (num_families,),
+                "parameters": (num_families, num_parameters),
+            },
+        )
+        model = self.encoder.model.config
+        self.dense = nn.Linear(model.hidden_size, model.tubelet_size * (model.patch_size // _CELL) ** 2)
+        self.moments = nn.Linear(model.hidden_size, model.tubelet_size * 3)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One batch.
@@ -157,25 +167,51 @@ class VideoEncoderTraining(_EncoderTraining):
     def _losses(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         times = sample_indices(batch["video"].shape[1], self.encoder.num_frames)
         pixels = self.encoder.preprocess(batch["video"][:, times])
-        tokens = self.resampler(self.encoder.model(pixels).last_hidden_state)
-        answers = self.readout(tokens).float()
-        where, flow = answers[..., : _FINE**2], answers[..., _FINE**2 :]
-        covered = occupancy(batch["masks"][:, times])
-        true_flow = batch["flow"][:, times].float() / 8  # units of a place
-        moves = 1 + 8 * (true_flow.abs().amax(dim=(1, -1), keepdim=True) > 0.1)
-        pooled = tokens.mean(dim=1)
-        families = self.family(pooled).float()
-        shares = rearrange(self.parameter_values(pooled).float(), "b (f p) -> b f p", f=families.shape[1])
-        own = shares[torch.arange(len(shares)), batch["family"]]
+        features = self.encoder.model(pixels).last_hidden_state
+        tokens = self.resampler(features)
+        said = self.readout(tokens)
+        masks, flow = batch["masks"][:, times], batch["flow"][:, times].float()
+        still = rearrange(batch["masks"][:, 0, _CELL::8, _CELL::8] == 0, "b h w -> b 1 h w 1")
+        backdrop = (flow * still).sum(dim=(2, 3)) / still.sum(dim=(2, 3)).clamp(min=1)
+        own = said["parameters"][torch.arange(len(tokens)), batch["family"]]
         known = batch["parameters"].isfinite()
         error = (own - batch["parameters"].nan_to_num()).square() * known
         losses = {
-            "occupancy": 2 * F.binary_cross_entropy_with_logits(where, covered),
-            "flow": (moves * F.smooth_l1_loss(flow, true_flow, reduction="none")).mean(),
-            "family": 0.2 * F.cross_entropy(families, batch["family"]),
+            "dense": F.binary_cross_entropy_with_logits(*self._dense_occupancy(features, masks)),
+            "moments": 4 * F.smooth_l1_loss(*self._moments(features, masks)),
+            "occupancy": F.binary_cross_entropy_with_logits(said["occupancy"], occupancy(masks, _GRID)),
+            # In units of eight pixels; the mean of all things.
+            "track": F.smooth_l1_loss(said["track"], batch["tracks"][:, :, times].nanmean(dim=1) / 8 - 4),
+            "backdrop": F.smooth_l1_loss(said["backdrop"], backdrop / 8),
+            "family": 0.2 * F.cross_entropy(said["family"], batch["family"]),
             "parameters": 0.5 * error.sum() / known.sum(),
         }
-        return losses, (families.argmax(1) == batch["family"]).float().mean()
+        return losses, (said["family"].argmax(1) == batch["family"]).float().mean()
+
+    def _dense_occupancy(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """What each feature says of its own patch, and the truth: without it the resampler finds nothing for long."""
+        config = self.encoder.model.config
+        cells, side = config.patch_size // _CELL, config.image_size // config.patch_size
+        said = rearrange(
+            self.dense(features).float(),
+            "b (t h w) (u i j) -> b (t u) (h i) (w j)",
+            h=side,
+            w=side,
+            u=config.tubelet_size,
+            i=cells,
+        )
+        return said, occupancy(masks, side * cells)
+
+    def _moments(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of its patch is covered, and that times the place: what a mean over features turns into a track."""
+        config = self.encoder.model.config
+        side = config.image_size // config.patch_size
+        said = rearrange(
+            self.moments(features).float(), "b (t h w) (u m) -> b m (t u) h w", h=side, w=side, u=config.tubelet_size
+        )
+        covered = occupancy(masks, side)
+        place = torch.linspace(-1, 1, side, device=covered.device)
+        return said, torch.stack([covered, covered * place, covered * place[:, None]], dim=1)
 
 
 class ImageEncoderTraining(_EncoderTraining):
@@ -205,9 +241,16 @@ class ImageEncoderTraining(_EncoderTraining):
         self.bundle = MotionBundle.from_pretrained(bundle)
         self.encoder = MotionEncoder(self.bundle).image_encoder.requires_grad_(True)
         self.resampler = self.bundle.context_resampler.requires_grad_(True)
-        dim = self.resampler.proj_out.out_features
-        self.num_colours, self.num_shapes = num_colours, num_shapes
-        self.readout = Readout(dim=dim, num_times=1, num_answers=_FINE**2 + num_colours + num_shapes)
+        config = self.bundle.config.parts["context_resampler"]
+        self.readout = Readout(
+            num_tokens=config["num_queries"],
+            dim=config["output_dim"],
+            answers={
+                "occupancy": (1, 2 * _GRID, 2 * _GRID),
+                "colours": (num_colours, _GRID, _GRID),
+                "shapes": (num_shapes, _GRID, _GRID),
+            },
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One batch.
@@ -239,17 +282,18 @@ class ImageEncoderTraining(_EncoderTraining):
 
     def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = self.resampler(self.encoder.model(self.encoder.preprocess(batch["image"])).last_hidden_state)
-        answers = self.readout(tokens)[:, 0].float()
-        where, colours, shapes = answers.split([_FINE**2, self.num_colours, self.num_shapes], dim=-1)
+        said = self.readout(tokens)
         # The thing that covers a place, if one does.
         thing = reduce(batch["masks"].long(), "b (h i) (w j) -> b h w", "max", h=_GRID, w=_GRID) - 1
         clips = torch.arange(len(thing), device=thing.device)[:, None, None]
         true_colours = torch.where(thing >= 0, batch["colours"][clips, thing.clamp(min=0)], -1)
         true_shapes = torch.where(thing >= 0, batch["shapes"][clips, thing.clamp(min=0)], -1)
         return {
-            "occupancy": 2 * F.binary_cross_entropy_with_logits(where, occupancy(batch["masks"][:, None])[:, 0]),
-            "colour": 0.2 * F.cross_entropy(colours.flatten(0, 2), true_colours.flatten(), ignore_index=-1),
-            "shape": 0.2 * F.cross_entropy(shapes.flatten(0, 2), true_shapes.flatten(), ignore_index=-1),
+            "occupancy": F.binary_cross_entropy_with_logits(
+                said["occupancy"], occupancy(batch["masks"][:, None], 2 * _GRID)
+            ),
+            "colour": 0.2 * F.cross_entropy(said["colours"], true_colours, ignore_index=-1),
+            "shape": 0.2 * F.cross_entropy(said["shapes"], true_shapes, ignore_index=-1),
         }
 
 

@@ -25,9 +25,9 @@ class ClipFolder(Dataset):
         source: Folder, manifest or video, as `motionrag index` takes it.
         captions: Manifest with captions for the folder.
         num_frames: Frames of a sample.
-        fps: At which frames are taken, frames per second.
         height: Pixels.
         width: Pixels.
+        fps: At which frames are taken, frames per second.
         leave_out_unreadable: Warn of files that cannot be opened and go on without them, instead of stopping.
     """
 

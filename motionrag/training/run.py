@@ -112,8 +112,11 @@ def train(config: str | Path, *, resume: bool = False, overrides: Sequence[str] 
         logger.warning("There is no checkpoint in %s to resume from: training starts anew.", folder)
     read.build()
     with warnings.catch_warnings():
-        # Ours continues where it stopped: ClipDataModule keeps the position, not the loader.
+        # Ours continues where it stopped: ClipDataModule keeps the position, not the loader. What is frozen stays in
+        # eval mode.
         warnings.filterwarnings("ignore", ".*not resumable.*")
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", ".*across ranks is zero.*")  # a config without validation
         # Weights only: a checkpoint is a pickle.
         read.trainer.fit(
             read.model, datamodule=read.datamodule, ckpt_path=None if last is None else str(last), weights_only=True

@@ -83,12 +83,12 @@ class ValidationClips(lightning.Callback):
             if hasattr(pl_module, "injection"):
                 with pl_module.injection.condition(pl_module.motion_tokens(batch)):
                     videos["with motion tokens"] = self._generate(pl_module, batch, pixels[:, 0])
-        for name, frames in videos.items():
-            if name != "truth" and "tracks" in truth:
-                from motionrag.evaluation.track_error import track_errors
+        if "tracks" in truth:
+            from motionrag.evaluation.track_error import track_errors
 
+            for name, frames in list(videos.items())[1:]:
                 errors = track_errors(frames, truth["tracks"], truth["masks"][:, 0], truth["colours"])
-                pl_module.log(f"validation/track_error {name}", errors.nanmean(), rank_zero_only=True)
+                pl_module.log(f"validation/track_error_{name.split()[0]}", errors.nanmean(), rank_zero_only=True)
         rows = [
             SheetRow(name, frames[index].numpy(), truth["caption"][index] if name == "truth" else "")
             for index in range(count)

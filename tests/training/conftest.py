@@ -2,14 +2,14 @@ import shutil
 
 import pytest
 
-from tests.training.parts import write_bundle
+from tests.training.parts import pipeline, write_bundle
 
 
 @pytest.fixture(scope="session")
 def made_bundle(tmp_path_factory):
     """Folder of an untrained tiny bundle with its backbone; never write to it."""
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    write_bundle(folder)
+    write_bundle(folder, pipeline())
     return folder
 
 

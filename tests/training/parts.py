@@ -125,7 +125,7 @@ def svd_pipeline():
     )
 
 
-def write_bundle(folder: Path, pipe=None) -> None:
+def write_bundle(folder: Path, pipe) -> None:
     """A whole bundle: tiny encoders, untrained parts, and the backbone in its folder."""
     from motionrag.adapters import AttentionInjection
     from motionrag.backbones import backbone_of_denoiser
@@ -133,7 +133,6 @@ def write_bundle(folder: Path, pipe=None) -> None:
     from motionrag.encoders import CLIPEncoder, DINOv2Encoder, SentenceEncoder, VideoMAEEncoder
     from motionrag.models import CAMA, Resampler
 
-    pipe = pipeline() if pipe is None else pipe
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     torch.manual_seed(1)
     encoders = {

@@ -13,7 +13,7 @@ from motionrag.training import read_config, train
 from motionrag.training.run import last_checkpoint
 from tests.database.conftest import tree
 from tests.test_cli import run
-from tests.training.parts import Losses, write_config
+from tests.training.parts import Losses, svd_pipeline, write_bundle, write_config
 
 TRAINED = {
     "injection": {"motion_injection.safetensors", "motion_resampler.safetensors", "unconditional_tokens.safetensors"},
@@ -57,6 +57,18 @@ def test_an_interrupted_training_continues_as_if_it_had_not_been(stage, made_bun
 
 def checkpoint(folder):
     return torch.load(last_checkpoint(folder), weights_only=True)
+
+
+def test_stable_video_diffusion_is_trained_by_its_config_alone(tmp_path):
+    write_bundle(tmp_path / "bundle", svd_pipeline())
+    before = tree(tmp_path / "bundle")
+    found, module = losses(
+        write_config("injection", tmp_path / "bundle", tmp_path / "cache", tmp_path / "run", steps=2)
+    )
+    assert module.backbone.name == "svd"
+    assert len(set(found)) == 2
+    after = tree(tmp_path / "bundle")
+    assert {name for name in after if after[name] != before[name]} - {"config.json"} == TRAINED["injection"]
 
 
 def test_a_bundle_counts_as_trained_after_adaptation(bundle, cache, tmp_path):
