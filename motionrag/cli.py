@@ -361,11 +361,14 @@ def render(
 def pocket_train(
     only: Annotated[list[str] | None, typer.Option(help="A step to run, again if it is done; repeatable.")] = None,
     configs: Annotated[Path, typer.Option(help="Folder of the trainings' configs.")] = Path("configs/pocket"),
+    from_shipped: Annotated[
+        bool, typer.Option("--from-shipped", help="Begin with the package's weights instead of random ones.")
+    ] = False,
 ) -> None:
     """Make the pocket's weights from nothing, in a checkout of the project. Killed, the same command continues."""
     from motionrag.pocket.recipe import train_pocket
 
-    for step, seconds in train_pocket(configs, only=only or ()).items():
+    for step, seconds in train_pocket(configs, only=only or (), from_shipped=from_shipped).items():
         print(f"{step:18} {seconds:8.0f} s")
 
 

@@ -98,7 +98,7 @@ def test_the_recipe_ships_these_configs(remade):
         value = json.loads(file.read_text())
         # Which library version wrote a file is no property of the pocket; the scale of latents is learned.
         dropped = ("_diffusers_version", "transformers_version", "__version__", "_name_or_path", "_commit_hash")
-        dropped += ("scaling_factor",)
+        dropped += ("scaling_factor", "local_files_only")
         return {k: v for k, v in value.items() if k not in dropped} if isinstance(value, dict) else value
 
     for file in WEIGHTS.rglob("*.json"):

@@ -1,5 +1,5 @@
-"""Pocket, the embedded default: a small backbone, encoders and bundle that need no download.
+"""Pocket, the embedded default: a small backbone, encoders and bundle that need no download, and the world they know.
 
-`weights/` is an ordinary bundle folder. In this version its weights are random: they show that everything runs, not
-that retrieval helps. `initialise.py` makes them.
+`world/` is that world; `clips.py` its training sets; `initialise.py` and `recipe.py` make the weights from nothing;
+`weights/` is the result, an ordinary bundle folder with a model card; `demo.py` shows it.
 """

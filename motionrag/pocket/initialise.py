@@ -73,7 +73,8 @@ def sentence_encoder() -> SentenceEncoder:
     frequency = torch.bincount(torch.tensor(pieces), minlength=VOCABULARY) / NUM_CAPTIONS
     rarity = torch.log1p(torch.arange(VOCABULARY, dtype=torch.float32))
     weight = rarity / rarity.max() * SMOOTHING / (SMOOTHING + frequency)
-    vectors = torch.randn(VOCABULARY, SENTENCE_DIM) * weight[:, None]
+    draw = torch.Generator().manual_seed(SEED)
+    vectors = torch.randn(VOCABULARY, SENTENCE_DIM, generator=draw) * weight[:, None]
     return SentenceEncoder(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors.numpy())]))
 
 
@@ -90,6 +91,7 @@ def video_encoder() -> VideoMAEEncoder:
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=4 * MOTION_DIM,
+        initializer_range=MOTION_DIM**-0.5,  # transformers' 0.02 is meant for six times the width
         use_mean_pooling=False,
     )
     return VideoMAEEncoder.from_pretrained(config)
@@ -106,6 +108,7 @@ def image_encoder() -> DINOv2Encoder:
         num_hidden_layers=3,
         num_attention_heads=4,
         mlp_ratio=4,
+        initializer_range=CONTEXT_DIM**-0.5,
     )
     return DINOv2Encoder.from_pretrained(config)
 
@@ -213,7 +216,7 @@ def initialise(folder: str | Path) -> None:
         "motion_resampler": _sharp(Resampler(**motion_resampler)),
         "context_resampler": _sharp(Resampler(**context_resampler)),
         "cama": CAMA(**cama),
-        "motion_injection": injection,
+        "motion_injection": _ready(injection),
     }
     config = BundleConfig(
         backbone="cogvideox",
@@ -248,5 +251,16 @@ def initialise(folder: str | Path) -> None:
 def _sharp(resampler: Resampler) -> Resampler:
     """Attention that chooses from the start: from nearly uniform attention a short training does not find its way."""
     for layer in resampler.layers:
-        layer.attention.to_q.weight *= 8  # type: ignore[union-attr,operator]
+        layer.attention.to_q.weight.mul_(8)  # type: ignore[union-attr,operator]
     return resampler
+
+
+@torch.no_grad()
+def _ready(injection: AttentionInjection) -> AttentionInjection:
+    """Queries that choose, and values that are not zero: from zero, queries and keys get no gradient at first."""
+    for name, weight in injection.named_parameters():
+        if name.endswith("to_q.weight"):
+            weight.mul_(8)
+        elif name.endswith("to_v.weight"):
+            torch.nn.init.normal_(weight, std=0.02)
+    return injection

@@ -38,12 +38,15 @@ SIZE_LIMIT = 25_000_000  # bytes
 logger = logging.getLogger(__name__)
 
 
-def train_pocket(configs: str | Path = "configs/pocket", *, only: Sequence[str] = ()) -> dict[str, float]:
+def train_pocket(
+    configs: str | Path = "configs/pocket", *, only: Sequence[str] = (), from_shipped: bool = False
+) -> dict[str, float]:
     """Run the steps that are not done yet, then pack the weights.
 
     Args:
         configs: Folder of the trainings' configs, which name `outputs/pocket`.
         only: Steps to run; none: all.
+        from_shipped: Begin with the weights of the package instead of random ones, to train a step further or anew.
 
     Returns:
         Step → seconds, as measured when it ran.
@@ -57,7 +60,7 @@ def train_pocket(configs: str | Path = "configs/pocket", *, only: Sequence[str] 
         return lambda: train(Path(configs) / f"{name}.yaml", resume=True)
 
     steps: dict[str, Callable[[], object]] = {
-        "initialise": lambda: initialise(WEIGHTS),
+        "initialise": lambda: pack(PACKAGE, WEIGHTS, dtype=torch.float32) if from_shipped else initialise(WEIGHTS),
         **{name: training(name) for name in TRAININGS},
         "pack": lambda: pack(WEIGHTS, PACKAGE),
     }
@@ -88,15 +91,16 @@ class _Record:
         self.path.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
 
 
-def pack(source: str | Path, target: str | Path) -> None:
-    """Write the trained weights in float16, marked as trained; unconditional tokens follow from the halves.
+def pack(source: str | Path, target: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """Write the trained weights in another precision, marked as trained; unconditional tokens follow from the result.
 
     Args:
-        source: Folder in float32.
+        source: Folder of the weights.
         target: Folder that is shipped; what was there is replaced file by file.
+        dtype: float16 to ship them, float32 to train them further.
 
     Raises:
-        ValueError: If the result is larger than what a package may carry.
+        ValueError: If the result in float16 is larger than what a package may carry.
     """
     import dataclasses
 
@@ -106,19 +110,19 @@ def pack(source: str | Path, target: str | Path) -> None:
     bundle = MotionBundle.from_pretrained(source)
     encoder = MotionEncoder(bundle)
     base = bundle.path_or_id(bundle.config.base_model)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.float16)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=dtype)
     pipeline.save_pretrained(target / bundle.config.base_model)
-    parts: dict[str, Any] = {name: getattr(bundle, name).half() for name in bundle.config.parts}
+    parts: dict[str, Any] = {name: getattr(bundle, name).to(dtype) for name in bundle.config.parts}
     for name, entry in bundle.config.encoders.items():
         part = getattr(encoder, f"{name}_encoder")
-        part.half().save_pretrained(target / entry.source)
-    video = encoder.video_encoder.float()  # the halves' values
+        part.to(dtype).save_pretrained(target / entry.source)
+    video = encoder.video_encoder.float()  # the values that were written
     grey = torch.zeros(1, video.num_frames, 3, video.size, video.size)
     with torch.no_grad():
-        tokens = parts["motion_resampler"].float()(video(grey))[0].half()
-    parts["motion_resampler"].half()
+        tokens = parts["motion_resampler"].float()(video(grey))[0].to(dtype)
+    parts["motion_resampler"].to(dtype)
     config = dataclasses.replace(bundle.config, trained=True)
     MotionBundle(config, unconditional_tokens=tokens, **parts).save_pretrained(target)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    if size > SIZE_LIMIT:
+    if dtype == torch.float16 and size > SIZE_LIMIT:
         raise ValueError(f"{target} holds {size / 1e6:.1f} MB, more than the {SIZE_LIMIT / 1e6:.0f} MB that ship.")

@@ -7,11 +7,15 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as lightning
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from motionrag.bundle import MotionBundle
 from motionrag.training.encoded import load_pipeline
 from motionrag.training.optimisation import optimisation
+
+_FINE = 2  # answers of a guide in each direction of a patch
 
 
 class _DiffusionTraining(lightning.LightningModule):
@@ -164,6 +168,9 @@ class InjectionTraining(_DiffusionTraining):
         prompt_dropout: Share of clips whose prompt is emptied.
         max_weight: Highest loss weight of a timestep, see the backbone's loss.
         motion_weight: How much more the loss counts what moves.
+        guide_weight: Weight of a second loss that asks the injected terms of a CogVideoX where the latents change.
+            Small models with little training do not find their way from the diffusion loss alone; 0 leaves it out.
+        train_resampler: Whether the motion resampler learns too.
         gradient_checkpointing: Save memory for a third more time.
         precision: Of the frozen backbone's weights, "float32" or "bfloat16"; what is trained is kept in float32.
         seed: Of noise and timesteps.
@@ -182,6 +189,8 @@ class InjectionTraining(_DiffusionTraining):
         prompt_dropout: float = 0.1,
         max_weight: float = 1e4,
         motion_weight: float = 0.0,
+        guide_weight: float = 0.0,
+        train_resampler: bool = True,
         gradient_checkpointing: bool = False,
         precision: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
@@ -195,8 +204,14 @@ class InjectionTraining(_DiffusionTraining):
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self.injection = self.bundle.motion_injection.requires_grad_(True)
-        self.resampler = self.bundle.motion_resampler.requires_grad_(True)
+        self.resampler = self.bundle.motion_resampler.requires_grad_(train_resampler)
         self.injection.attach(self.denoiser)
+        self.guides = nn.ModuleDict()
+        if guide_weight:
+            sites = self.bundle.config.parts["motion_injection"]["sites"]
+            self.guides = nn.ModuleDict(
+                {site.replace(".", "/"): nn.Linear(width, _FINE**2) for site, (width, _) in sites.items()}
+            )
 
     def motion_tokens(self, batch: dict[str, Tensor], drop: Tensor | None = None) -> Tensor:
         """Motion tokens of the clips themselves.
@@ -226,10 +241,29 @@ class InjectionTraining(_DiffusionTraining):
         draw = self.generator(self.batches, stream=1)
         drop = torch.rand(len(batch["latents"]), generator=draw) < self.hparams["token_dropout"]
         self.injection.clear_condition()
-        self.injection.set_condition(self.motion_tokens(batch, drop))
+        condition = self.injection.set_condition(self.motion_tokens(batch, drop))
+        if self.guides:
+            condition.terms = {}
         loss = self.diffusion_loss(batch, step=self.batches)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        if not self.guides:
+            return loss
+        guide = self._guide_error(condition.terms or {}, batch["latents"], ~drop)
+        self.log("train/guide", guide, prog_bar=True)
+        return loss + self.hparams["guide_weight"] * guide
+
+    def _guide_error(self, terms: dict[str, Tensor], latents: Tensor, kept: Tensor) -> Tensor:
+        """How badly the injected terms tell where the latents differ from the first frame's."""
+        config: Any = self.denoiser.config
+        patch = int(config.patch_size)
+        change = torch.tanh((latents - latents[:, :1]).abs().mean(dim=2))
+        cells = F.avg_pool2d(change, patch // _FINE)
+        target = rearrange(cells, "b f (h i) (w j) -> b (f h w) (i j)", i=_FINE, j=_FINE)
+        errors = []
+        for site, term in terms.items():
+            said = self.guides[site.replace(".", "/")](term[:, -target.shape[1] :]).float()  # text comes first
+            errors.append(F.binary_cross_entropy_with_logits(said[kept], target[kept]))
+        return torch.stack(errors).mean()
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop injecting.

@@ -68,6 +68,20 @@ def occupancy(masks: Tensor, grid: int) -> Tensor:
     return F.adaptive_avg_pool2d((masks > 0).float(), grid)
 
 
+def position_error(position: nn.Linear, features: Tensor) -> Tensor:
+    """Each feature is to know its own position: without that a resampler's queries find nothing to choose by.
+
+    Args:
+        position: Features to logits of positions.
+        features: `(b l c)`.
+
+    Returns:
+        The mean cross-entropy.
+    """
+    own = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
+    return F.cross_entropy(position(features).float().flatten(0, 1), own.flatten())
+
+
 class _EncoderTraining(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW on everything that needs gradients.
@@ -125,9 +139,9 @@ class VideoEncoderTraining(_EncoderTraining):
                 "parameters": (num_families, num_parameters),
             },
         )
-        model = self.encoder.model.config
+        model: Any = self.encoder.model.config
         self.dense = nn.Linear(model.hidden_size, model.tubelet_size * (model.patch_size // _CELL) ** 2)
-        self.moments = nn.Linear(model.hidden_size, model.tubelet_size * 3)
+        self.position = nn.Linear(model.hidden_size, self._num_positions())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One batch.
@@ -176,12 +190,13 @@ class VideoEncoderTraining(_EncoderTraining):
         own = said["parameters"][torch.arange(len(tokens)), batch["family"]]
         known = batch["parameters"].isfinite()
         error = (own - batch["parameters"].nan_to_num()).square() * known
+        track = batch["tracks"][:, :, times].nanmean(dim=1) / 8 - 4
         losses = {
             "dense": F.binary_cross_entropy_with_logits(*self._dense_occupancy(features, masks)),
-            "moments": 4 * F.smooth_l1_loss(*self._moments(features, masks)),
+            "position": 0.2 * position_error(self.position, features),
             "occupancy": F.binary_cross_entropy_with_logits(said["occupancy"], occupancy(masks, _GRID)),
             # In units of eight pixels; the mean of all things.
-            "track": F.smooth_l1_loss(said["track"], batch["tracks"][:, :, times].nanmean(dim=1) / 8 - 4),
+            "track": F.smooth_l1_loss(said["track"], track),
             "backdrop": F.smooth_l1_loss(said["backdrop"], backdrop / 8),
             "family": 0.2 * F.cross_entropy(said["family"], batch["family"]),
             "parameters": 0.5 * error.sum() / known.sum(),
@@ -190,7 +205,7 @@ class VideoEncoderTraining(_EncoderTraining):
 
     def _dense_occupancy(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """What each feature says of its own patch, and the truth: without it the resampler finds nothing for long."""
-        config = self.encoder.model.config
+        config: Any = self.encoder.model.config
         cells, side = config.patch_size // _CELL, config.image_size // config.patch_size
         said = rearrange(
             self.dense(features).float(),
@@ -202,16 +217,9 @@ class VideoEncoderTraining(_EncoderTraining):
         )
         return said, occupancy(masks, side * cells)
 
-    def _moments(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of its patch is covered, and that times the place: what a mean over features turns into a track."""
-        config = self.encoder.model.config
-        side = config.image_size // config.patch_size
-        said = rearrange(
-            self.moments(features).float(), "b (t h w) (u m) -> b m (t u) h w", h=side, w=side, u=config.tubelet_size
-        )
-        covered = occupancy(masks, side)
-        place = torch.linspace(-1, 1, side, device=covered.device)
-        return said, torch.stack([covered, covered * place, covered * place[:, None]], dim=1)
+    def _num_positions(self) -> int:
+        config: Any = self.encoder.model.config
+        return int((config.image_size // config.patch_size) ** 2 * config.num_frames // config.tubelet_size)
 
 
 class ImageEncoderTraining(_EncoderTraining):
@@ -251,6 +259,8 @@ class ImageEncoderTraining(_EncoderTraining):
                 "shapes": (num_shapes, _GRID, _GRID),
             },
         )
+        model: Any = self.encoder.model.config
+        self.position = nn.Linear(model.hidden_size, (model.image_size // model.patch_size) ** 2 + 1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One batch.
@@ -281,7 +291,8 @@ class ImageEncoderTraining(_EncoderTraining):
         save_parts(self.bundle, self.hparams["bundle"], context_resampler=self.resampler)
 
     def _losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens = self.resampler(self.encoder.model(self.encoder.preprocess(batch["image"])).last_hidden_state)
+        features = self.encoder.model(self.encoder.preprocess(batch["image"])).last_hidden_state
+        tokens = self.resampler(features)
         said = self.readout(tokens)
         # The thing that covers a place, if one does.
         thing = reduce(batch["masks"].long(), "b (h i) (w j) -> b h w", "max", h=_GRID, w=_GRID) - 1
@@ -292,6 +303,7 @@ class ImageEncoderTraining(_EncoderTraining):
             "occupancy": F.binary_cross_entropy_with_logits(
                 said["occupancy"], occupancy(batch["masks"][:, None], 2 * _GRID)
             ),
+            "position": 0.2 * position_error(self.position, features),
             "colour": 0.2 * F.cross_entropy(said["colours"], true_colours, ignore_index=-1),
             "shape": 0.2 * F.cross_entropy(said["shapes"], true_shapes, ignore_index=-1),
         }

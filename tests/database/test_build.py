@@ -297,7 +297,7 @@ def test_metadata_of_several_types_and_later_columns(empty, clips):
     assert counts(empty.add(later)) == (1, 1, 0, 0)
     assert (row_of(empty, "wave_pan.mp4")["newer"], row_of(empty, "car_zoom.mp4")["newer"]) == ("late", None)
     assert row_of(empty, "car_pan.mp4")["word"] == "x"  # not stated any more, so it stays
-    assert len(empty.search(motion=torch.ones(25, 64), where="whole >= 2 AND newer IS NULL")) == 1
+    assert len(empty.search(motion=torch.ones(25, 96), where="whole >= 2 AND newer IS NULL")) == 1
 
 
 def test_conflicting_types_are_refused_before_anything_is_written(empty, clips):
@@ -317,7 +317,7 @@ def test_reserved_and_awkward_column_names(empty, clips):
     assert (row["fps"], row["revision"], len(row["id"])) == (8.0, 0, 32)
     assert (row["a_b"], row["c_d"], row['with "quotes"'], row["rowid"], row["Motion"]) == (1, 2, 3, 4, "pan")
     assert "" not in row
-    hits = empty.search(motion=torch.ones(25, 64), where="a_b = 1 AND Motion = 'pan'")
+    hits = empty.search(motion=torch.ones(25, 96), where="a_b = 1 AND Motion = 'pan'")
     assert hits[0].clip.metadata["a_b"] == 1
 
 
@@ -347,7 +347,7 @@ def test_names_with_anything_in_them(empty, clips):
     assert counts(empty.add(clips)) == (NUM_CLIPS + 6, 0, 0, 1)
     assert counts(empty.add(clips)) == (0, 0, NUM_CLIPS + 6, 1)
     for row in all_rows(empty):
-        hits = empty.search(motion=torch.ones(25, 64), k=50, exclude=row["uri"])
+        hits = empty.search(motion=torch.ones(25, 96), k=50, exclude=row["uri"])
         assert len(hits) == len(empty) - 1
         assert row["uri"] not in {hit.clip.uri for hit in hits}
 

@@ -26,7 +26,7 @@ IMAGE = moving_frames(2, seed=3)[0]
 
 @pytest.fixture(scope="module")
 def tokens():
-    return torch.randn(25, 64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(25, 96, generator=torch.Generator().manual_seed(1))
 
 
 def query_vectors(encoder, text=None, image=None, motion=None):
@@ -92,7 +92,7 @@ def test_references_carry_everything(database, tokens):
     rows = {row["id"]: row for row in all_rows(database)}
     for reference in database.search(motion=tokens, k=NUM_CLIPS):
         row = rows[reference.id]
-        assert reference.motion_tokens.shape == reference.context_tokens.shape == (25, 64)
+        assert reference.motion_tokens.shape == reference.context_tokens.shape == (25, 96)
         np.testing.assert_array_equal(reference.motion_tokens.flatten().numpy(), np.float32(row["motion_tokens"]))
         np.testing.assert_array_equal(reference.context_tokens.flatten().numpy(), np.float32(row["context_tokens"]))
         words = ("uri", "start_s", "end_s", "caption", "licence", "source")
@@ -180,8 +180,8 @@ def test_more_than_there_is(database, tokens, caplog):
         ({}, "Nothing to search for"),
         ({"text": "  "}, "text to search for is empty"),
         ({"text": "x", "k": 0}, "k must be 1 or more, got 0"),
-        ({"motion": torch.zeros(25, 63)}, r"must be finite and \(25, 64\), got \(25, 63\)"),
-        ({"motion": torch.full((25, 64), torch.nan)}, "must be finite"),
+        ({"motion": torch.zeros(25, 95)}, r"must be finite and \(25, 96\), got \(25, 95\)"),
+        ({"motion": torch.full((25, 96), torch.nan)}, "must be finite"),
         ({"motion": Clip("/no/such.mp4")}, r"/no/such\.mp4"),
         ({"text": "x", "weights": {"image": 1}}, "each of text, not all 0; got"),
     ],
@@ -238,7 +238,7 @@ def test_deleted_clips_can_be_added_again(database, made_clips, tokens):
 
 def test_info(database):
     info = database.info()
-    assert (info["clips"], info["captioned"], info["tokens"]) == (NUM_CLIPS, NUM_CLIPS - 1, [25, 64])
+    assert (info["clips"], info["captioned"], info["tokens"]) == (NUM_CLIPS, NUM_CLIPS - 1, [25, 96])
     assert info["licences"] == {"CC0": 6, "unknown": 6}
     assert info["index"]["text"] == {"factory": "Flat", "exact": True, "recall": 1.0}
     assert {"motion", "take", "gain"} <= set(info["columns"])
@@ -469,7 +469,7 @@ def test_index_with_the_right_keys_and_wrong_vectors(path, encoder, tokens, capl
 
     database = MotionDatabase(path, encoder=encoder)
     expected = found(database.search(motion=tokens, k=50))
-    wrong = np.random.default_rng(0).standard_normal((NUM_CLIPS, 64)).astype(np.float32)
+    wrong = np.random.default_rng(0).standard_normal((NUM_CLIPS, 96)).astype(np.float32)
     wrong /= np.linalg.norm(wrong, axis=1, keepdims=True)
     index = VectorIndex.build(wrong, database._table.keys())
     index_file.save(index, path / "index", "motion", database_id=database.manifest.database_id, table_version=2)
