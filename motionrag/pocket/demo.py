@@ -26,6 +26,10 @@ from motionrag.pocket.world import WorldClip, named_domain, same_start
 from motionrag.sheet import SheetRow, contact_sheet
 from motionrag.video import Clip, VideoError, read_clip
 
+UNDERTRAINED = (
+    "The pocket's motion injection is undertrained: what is retrieved changes the video, but brings it hardly nearer "
+    "to the truth."
+)
 UNTRAINED = "The pocket's weights are untrained: the demo shows that every part runs, not yet that retrieval helps."
 # They circle, hop and drift: chosen for motions that the eye tells apart and that fit into the frame from one start.
 VERBS = ("zamp", "blurn", "waff")
@@ -117,7 +121,7 @@ class DemoResult:
         report: Everything in figures, as JSON.
         plain_track_errors: Of the video without retrieval, as in `Result`.
         results: One for each database.
-        note: What to know before judging the videos; empty if nothing.
+        note: What to know before judging the videos.
         seconds: Wall time by step.
     """
 
@@ -172,7 +176,7 @@ def run_demo(
         query = Query(query.image, prompt, query.exclude)
     pipeline = MotionRAGPipeline.from_pretrained("pocket")
     pipeline.pipeline.set_progress_bar_config(disable=True)
-    note = "" if pipeline.bundle.config.trained else UNTRAINED
+    note = UNDERTRAINED if pipeline.bundle.config.trained else UNTRAINED
     # The prompt names no motion, so no caption is similar to it; here the database alone is to say how things move.
     options: dict[str, Any] = {"output_type": "np", "min_similarity": -1.0}
     if num_inference_steps is not None:
