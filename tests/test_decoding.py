@@ -208,6 +208,8 @@ def test_ctrl_c_ends_script_and_worker_at_once(tmp_path, video):
     hanging = tmp_path / "hanging.mp4"
     hanging.write_bytes(video.read_bytes())
     script = run_script(
+        # A shell starts what runs in the background with the signal ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests import bad_decoders\n"
         "from motionrag.decoding import decode_clips\n"
         "from motionrag.video import Clip\n"

@@ -505,7 +505,7 @@ def test_info_lists_every_licence(pipe):
         "text_encoder",
     }
     assert all(info["licences"].values())
-    assert info["injection_sites"] == 3
+    assert info["injection_sites"] == 5
 
 
 # Whatever happens to the backbone
