@@ -200,7 +200,7 @@ def is_framewise(vae: nn.Module) -> bool:
     """
     if vae.config.temporal_compression_ratio != 1:  # type: ignore[union-attr]
         return False
-    return not any(layer.conv.weight[:, :, :-1].any() for layer in _causal_convolutions(vae))
+    return not any(layer.conv.weight[:, :, :-1].any() for layer in causal_convolutions(vae))
 
 
 @contextmanager
@@ -213,7 +213,7 @@ def single_frames(vae: nn.Module) -> Iterator[None]:
     Yields:
         Nothing; inside the block the network takes clips of one frame.
     """
-    layers = _causal_convolutions(vae)
+    layers = causal_convolutions(vae)
     for layer in layers:
         layer.forward = partial(_convolve_frame, layer.conv)
     try:
@@ -223,7 +223,15 @@ def single_frames(vae: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _causal_convolutions(vae: nn.Module) -> list[Any]:
+def causal_convolutions(vae: nn.Module) -> list[Any]:
+    """List the convolutions over time of a CogVideoX autoencoder.
+
+    Args:
+        vae: diffusers' `AutoencoderKLCogVideoX`.
+
+    Returns:
+        Its `CogVideoXCausalConv3d`.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
     return [layer for layer in vae.modules() if isinstance(layer, CogVideoXCausalConv3d)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from motionrag.pocket.displacements import describe
 from motionrag.pocket.world import (
     FAMILIES,
     NUM_FRAMES,
@@ -32,6 +33,7 @@ MAX_THINGS = 3
 MAX_PARAMETERS = max(len(family.parameters) for family in FAMILIES.values())
 FLOW_GRID = 8
 _CHUNK = 64
+_DESCRIBED_CYCLE = 10
 
 
 class PocketClips(Dataset):
@@ -41,6 +43,7 @@ class PocketClips(Dataset):
         count: How many.
         seed: Of the set.
         clips_per_domain: Clips that share verb, looks and dynamics; they follow one another.
+        described: Share of clips whose `caption` also tells how their first thing moves.
         folder: Where rendered sets are kept; a set that is there is not rendered again.
         num_workers: Processes that render.
     """
@@ -51,11 +54,13 @@ class PocketClips(Dataset):
         *,
         seed: int = 0,
         clips_per_domain: int = 1,
+        described: float = 0.0,
         folder: str = "outputs/pocket/world",
         num_workers: int = 2,
     ) -> None:
         self.seed, self.clips_per_domain = seed, clips_per_domain
-        self.identity = f"pocket {seed} {count} {clips_per_domain}"
+        self.described = described
+        self.identity = f"pocket {seed} {count} {clips_per_domain}" + (f" described {described}" if described else "")
         self.folder = Path(folder) / f"seed-{seed}-clips-{count}-per-domain-{clips_per_domain}"
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.folder}.lock"):  # one of several training processes renders, the others wait
@@ -93,6 +98,8 @@ class PocketClips(Dataset):
         sample: dict[str, Any] = {
             name: torch.from_numpy(np.array(values[index])) for name, values in self.arrays.items() if name != "frames"
         }
+        if index % _DESCRIBED_CYCLE < self.described * _DESCRIBED_CYCLE:
+            caption = f"{describe(sample['tracks'][0])} {caption}"
         return {
             **sample,
             "video": self.video(index),

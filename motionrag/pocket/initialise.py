@@ -2,7 +2,7 @@
 
 The sentence encoder and the text encoder stay as they are made here. Text retrieval works nevertheless: the former is
 a bag of random word vectors, weighted so that common words count little, and compares captions by the words that they
-share; the latter gives the backbone one random vector for every piece of a word, which is all that it needs.
+share; the latter gives the backbone one random vector for every piece of a word, and codes for places.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from motionrag.adapters import AttentionInjection
 from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle
 from motionrag.encoders import CLIPEncoder, DINOv2Encoder, SentenceEncoder, VideoMAEEncoder
 from motionrag.models import CAMA, Resampler
-from motionrag.pocket import world
+from motionrag.pocket import displacements, world
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -163,11 +163,15 @@ def backbone() -> Any:
         use_rotary_positional_embeddings=True,  # both, as in CogVideoX-5B-I2V
         use_learned_positional_embeddings=True,
     )
+    vocabulary = VOCABULARY + len(displacements.WORDS)
     text_encoder = T5EncoderModel(
-        T5Config(vocab_size=VOCABULARY, d_model=text_dim, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+        T5Config(vocab_size=vocabulary, d_model=text_dim, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
     )
+    text_encoder.shared.weight.data[VOCABULARY:] = displacements.vectors(text_dim)
+    words = word_tokenizer()
+    words.add_tokens(displacements.WORDS)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(),
+        tokenizer_object=words,
         pad_token="<pad>",  # noqa: S106 - not a password
         eos_token="</s>",  # noqa: S106
         unk_token="<unk>",  # noqa: S106

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as lightning
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -19,24 +18,53 @@ from motionrag.encoder import MotionEncoder
 from motionrag.models.cama import cama_loss
 from motionrag.training.diffusion import save_parts
 from motionrag.training.encoded import EncodedClips
-from motionrag.training.optimisation import optimisation
+from motionrag.training.optimisation import OptimisedModule
 
 
-class RetrievedReferences(Dataset):
-    """Every clip with the references that its caption retrieves among the others, as the paper trains CAMA.
+class CaptionNeighbours(Dataset):
+    """What datasets share that give every clip with the references that its caption retrieves among the others.
 
     Args:
-        clips: With motion tokens and context features.
+        clips: Of a dataset with `texts` and `sources`, encoded.
         bundle: Whose sentence encoder compares the captions.
         num_references: For each clip, k.
     """
 
     def __init__(self, clips: EncodedClips, bundle: str, *, num_references: int = 9) -> None:
         self.clips = clips
-        self.neighbours = retrieve(clips, bundle, num_references)
+        samples: Any = clips.clips
+        embeddings = MotionEncoder.from_pretrained(bundle).embed_texts(samples.texts).numpy()
+        self.neighbours = nearest(embeddings, samples.sources, num_references)
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def references(self, index: int) -> list[int]:
+        """References of a clip.
+
+        Args:
+            index: Of the clip.
+
+        Returns:
+            Indices, the most similar last.
+        """
+        return self.neighbours[index][::-1].tolist()
+
+    def stacked(self, name: str, rows: Sequence[int]) -> Tensor:
+        """What the encoders gave of some clips.
+
+        Args:
+            name: Such as "motion_tokens".
+            rows: Indices.
+
+        Returns:
+            `(k …)` float32.
+        """
+        return torch.from_numpy(np.stack([self.clips.arrays[name][row] for row in rows])).float()
+
+
+class RetrievedReferences(CaptionNeighbours):
+    """Every clip with its references, as the paper trains CAMA: with motion tokens and context features."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One clip and its references.
@@ -48,11 +76,8 @@ class RetrievedReferences(Dataset):
             `motion_tokens` `(k+1 l d)` and `context_features` `(k+1 l c)`: references, the most similar last, then the
             clip itself.
         """
-        rows = [*self.neighbours[index][::-1], index]
-        return {
-            name: torch.from_numpy(np.stack([self.clips.arrays[name][row] for row in rows])).float()
-            for name in ("motion_tokens", "context_features")
-        }
+        rows = [*self.references(index), index]
+        return {name: self.stacked(name, rows) for name in ("motion_tokens", "context_features")}
 
 
 class DatabaseReferences(Dataset):
@@ -99,36 +124,6 @@ class DatabaseReferences(Dataset):
         }
 
 
-def retrieve(clips: EncodedClips, bundle: str, count: int) -> np.ndarray:
-    """For each clip, the others with the most similar captions.
-
-    Args:
-        clips: Of a dataset with `texts` and `sources`.
-        bundle: Whose sentence encoder compares the captions.
-        count: References for each clip.
-
-    Returns:
-        Indices `(n count)`, the most similar first.
-    """
-    samples: Any = clips.clips
-    return nearest_captions(MotionEncoder.from_pretrained(bundle), samples.texts, samples.sources, count)
-
-
-def nearest_captions(encoder: MotionEncoder, captions: Sequence[str], sources: Sequence[str], count: int) -> np.ndarray:
-    """For each clip, the clips of other source videos with the most similar captions.
-
-    Args:
-        encoder: Embeds the captions.
-        captions: One for each clip.
-        sources: The video that each clip was cut from.
-        count: Neighbours for each clip.
-
-    Returns:
-        Indices `(n count)`, the most similar first.
-    """
-    return nearest(encoder.embed_texts(captions).numpy(), sources, count)
-
-
 def nearest(embeddings: np.ndarray, sources: Sequence[str], count: int) -> np.ndarray:
     """For each clip, the most similar clips of other source videos.
 
@@ -159,7 +154,7 @@ def nearest(embeddings: np.ndarray, sources: Sequence[str], count: int) -> np.nd
     return np.stack(chosen)
 
 
-class AdaptationTraining(lightning.LightningModule):
+class AdaptationTraining(OptimisedModule):
     """Stage 2: CAMA and the context resampler learn the motion tokens of each clip from its references.
 
     Paper, 3.5: AdamW 1e-4, gradient norm at most 0.25, mean squared error over all blocks.
@@ -243,21 +238,6 @@ class AdaptationTraining(lightning.LightningModule):
                 "validation/mean": (references.mean(dim=1) - own).square().mean(),
             },
             prog_bar=True,
-        )
-
-    def configure_optimizers(self) -> Any:
-        """AdamW on CAMA and the context resampler.
-
-        Returns:
-            Optimiser and schedule.
-        """
-        settings = self.hparams
-        return optimisation(
-            self.parameters(),
-            learning_rate=settings["learning_rate"],
-            weight_decay=settings["weight_decay"],
-            warmup_steps=settings["warmup_steps"],
-            decay_steps=settings["decay_steps"],
         )
 
     def on_train_end(self) -> None:

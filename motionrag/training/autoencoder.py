@@ -8,17 +8,16 @@ weights, twice as fast, and the result is what the network gives for a single fr
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as lightning
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from motionrag.backbones.cogvideox import single_frames
-from motionrag.training.optimisation import optimisation
+from motionrag.backbones.cogvideox import causal_convolutions, single_frames
+from motionrag.training.optimisation import OptimisedModule
 
 
-class AutoencoderTraining(lightning.LightningModule):
+class AutoencoderTraining(OptimisedModule):
     """Trains a CogVideoX VAE on single frames.
 
     The loss is the mean absolute error of pixels and of their differences to the neighbours, with things weighted
@@ -32,6 +31,8 @@ class AutoencoderTraining(lightning.LightningModule):
         thing_weight: Weight of pixels of things against 1 for the backdrop.
         kl_weight: Weight of the KL divergence of the latents.
     """
+
+    weight_decay = 0.0
 
     def __init__(
         self,
@@ -78,21 +79,6 @@ class AutoencoderTraining(lightning.LightningModule):
         error = (frames.clamp(-1, 1) - batch["video"]).square().flatten(1).mean(1)
         self.log("validation/psnr", (10 * torch.log10(4 / error)).mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW on every weight.
-
-        Returns:
-            Optimiser and schedule.
-        """
-        settings = self.hparams
-        return optimisation(
-            self.vae.parameters(),
-            learning_rate=settings["learning_rate"],
-            weight_decay=0.0,
-            warmup_steps=settings["warmup_steps"],
-            decay_steps=settings["decay_steps"],
-        )
-
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Set the scale that gives latents unit variance, and write the VAE."""
@@ -124,10 +110,8 @@ _NEIGHBOURS = ((-1, (0, 1)), (-2, (0, 0, 0, 1)))
 
 
 def _keep_last_tap(vae: nn.Module) -> None:
-    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
-
     with torch.no_grad():
-        for layer in (each for each in vae.modules() if isinstance(each, CogVideoXCausalConv3d)):
+        for layer in causal_convolutions(vae):
             last = layer.conv.weight[:, :, -1].clone()
             layer.conv.weight.zero_()
             layer.conv.weight[:, :, -1] = last

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytorch_lightning as lightning
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,13 +12,13 @@ from torch.nn import functional as F
 
 from motionrag.bundle import MotionBundle
 from motionrag.training.encoded import load_pipeline
-from motionrag.training.optimisation import optimisation
+from motionrag.training.optimisation import OptimisedModule
 
 _FINE = 2  # answers of a guide in each direction of a patch
 
 
-class _DiffusionTraining(lightning.LightningModule):
-    """What the stages that need the backbone share: its loss with reproducible noise, and the optimiser."""
+class _DiffusionTraining(OptimisedModule):
+    """What the stages that need the backbone share: its loss with reproducible noise."""
 
     backbone: Any
     pipeline: Any
@@ -71,21 +70,6 @@ class _DiffusionTraining(lightning.LightningModule):
         """
         self.log("validation/loss", self.diffusion_loss(batch, step=batch_idx), prog_bar=True)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW on what is trained.
-
-        Returns:
-            Optimiser and schedule.
-        """
-        settings = self.hparams
-        return optimisation(
-            self.parameters(),
-            learning_rate=settings["learning_rate"],
-            weight_decay=settings["weight_decay"],
-            warmup_steps=settings["warmup_steps"],
-            decay_steps=settings["decay_steps"],
-        )
-
     @property
     def batches(self) -> int:
         """Batches that were used so far."""
@@ -105,6 +89,8 @@ class BackboneTraining(_DiffusionTraining):
         prompt_dropout: Share of clips whose prompt is emptied.
         max_weight: Highest loss weight of a timestep, see the backbone's loss.
         motion_weight: How much more the loss counts what moves.
+        place_weight: Weight of a second loss that asks what every attention of a CogVideoX puts out for its own frame
+            and place. The motion injection queries with it; small models do not keep the place there by themselves.
         gradient_checkpointing: Save memory for a third more time.
         seed: Of noise and timesteps.
     """
@@ -121,6 +107,7 @@ class BackboneTraining(_DiffusionTraining):
         prompt_dropout: float = 0.1,
         max_weight: float = 1e4,
         motion_weight: float = 0.0,
+        place_weight: float = 0.0,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
@@ -131,6 +118,34 @@ class BackboneTraining(_DiffusionTraining):
         self.denoiser: nn.Module = getattr(self.pipeline, self.backbone.denoiser).train()
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.places = nn.ModuleDict()
+        if place_weight:
+            self._ask_for_places()
+
+    def _ask_for_places(self) -> None:
+        config: Any = self.denoiser.config
+        cells = (config.sample_height // config.patch_size) * (config.sample_width // config.patch_size)
+        self._outputs: dict[str, Tensor] = {}
+        for site in self.backbone.sites(self.denoiser):
+            name = site.replace(".", "/")
+            projection: Any = self.denoiser.get_submodule(site)
+            projection.register_forward_pre_hook(lambda _, args, name=name: self._outputs.update({name: args[0]}))
+            self.places[name] = nn.Linear(projection.in_features, config.sample_frames + cells)
+
+    def _place_error(self, frames: int) -> Tensor:
+        """How badly the attentions' outputs of the last call tell their own frame and cell (cross-entropy)."""
+        errors = []
+        for name, hidden in self._outputs.items():
+            cells = self.places[name].out_features - self.denoiser.config.sample_frames  # type: ignore[union-attr]
+            video = hidden[:, -frames * cells :]  # text comes first
+            frame_logits, cell_logits = self.places[name](video).float().split([frames, cells], dim=2)
+            own = torch.arange(frames * cells, device=hidden.device).expand(video.shape[:2])
+            errors.append(
+                F.cross_entropy(frame_logits.flatten(0, 1), own.flatten() // cells)
+                + F.cross_entropy(cell_logits.flatten(0, 1), own.flatten() % cells)
+            )
+        self._outputs.clear()
+        return torch.stack(errors).mean()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One batch.
@@ -144,7 +159,11 @@ class BackboneTraining(_DiffusionTraining):
         """
         loss = self.diffusion_loss(batch, step=self.batches)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        if not self.places:
+            return loss
+        place = self._place_error(batch["latents"].shape[1])
+        self.log("train/place", place, prog_bar=True)
+        return loss + self.hparams["place_weight"] * place
 
     def on_train_end(self) -> None:
         """Write the denoiser in diffusers' layout."""

@@ -3,13 +3,13 @@
 The published encoders were trained on millions of clips and images; the pocket's learn from its own world: the video
 encoder where things are at every time, how the content of the first frame moves, and which family with which
 parameters it is; the image encoder where things are, with their colours and shapes; open_clip to match a first frame
-with a description. Video and image encoder are trained together with their resamplers, so that 25 tokens carry it.
+with a description. Video and image encoder are trained together with their resamplers, so that 25 tokens carry it;
+motion tokens are asked how things move more than where they are.
 """
 
 import math
 from typing import Any
 
-import pytorch_lightning as lightning
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from motionrag.bundle import MotionBundle
 from motionrag.encoder import MotionEncoder
 from motionrag.training.diffusion import save_parts
-from motionrag.training.optimisation import optimisation
+from motionrag.training.optimisation import OptimisedModule
 from motionrag.video import sample_indices
 
 _GRID = 8  # cells about which a readout answers, in each direction
@@ -82,30 +82,15 @@ def position_error(position: nn.Linear, features: Tensor) -> Tensor:
     return F.cross_entropy(position(features).float().flatten(0, 1), own.flatten())
 
 
-class _EncoderTraining(lightning.LightningModule):
-    def configure_optimizers(self) -> Any:
-        """AdamW on everything that needs gradients.
-
-        Returns:
-            Optimiser and schedule.
-        """
-        settings = self.hparams
-        return optimisation(
-            self.parameters(),
-            learning_rate=settings["learning_rate"],
-            weight_decay=1e-2,
-            warmup_steps=settings["warmup_steps"],
-            decay_steps=settings["decay_steps"],
-        )
-
-
-class VideoEncoderTraining(_EncoderTraining):
+class VideoEncoderTraining(OptimisedModule):
     """Trains VideoMAE and the motion resampler.
 
     Args:
         bundle: Folder of the bundle; encoder and resampler are written back when training ends.
         num_families: Motion families to tell apart.
         num_parameters: Most parameters of a family.
+        token_noise: Standard deviation of what is added to the tokens before they are read out. Tokens have a fixed
+            energy, so that it goes into what is asked and clips that move alike get tokens that are alike.
         learning_rate: The highest.
         warmup_steps: Steps of linear warm-up.
         decay_steps: Step at which the learning rate reaches zero; None keeps it.
@@ -117,6 +102,7 @@ class VideoEncoderTraining(_EncoderTraining):
         *,
         num_families: int,
         num_parameters: int,
+        token_noise: float = 0.0,
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
         decay_steps: int | None = None,
@@ -133,8 +119,8 @@ class VideoEncoderTraining(_EncoderTraining):
             dim=config["output_dim"],
             answers={
                 "track": (times, 2),
+                "displacement": (times, 2),
                 "backdrop": (times, 2),
-                "occupancy": (times, _GRID, _GRID),
                 "family": (num_families,),
                 "parameters": (num_families, num_parameters),
             },
@@ -183,20 +169,22 @@ class VideoEncoderTraining(_EncoderTraining):
         pixels = self.encoder.preprocess(batch["video"][:, times])
         features = self.encoder.model(pixels).last_hidden_state
         tokens = self.resampler(features)
-        said = self.readout(tokens)
+        noise = self.hparams["token_noise"] * torch.randn_like(tokens) if self.training else 0
+        said = self.readout(tokens + noise)
         masks, flow = batch["masks"][:, times], batch["flow"][:, times].float()
         still = rearrange(batch["masks"][:, 0, _CELL::8, _CELL::8] == 0, "b h w -> b 1 h w 1")
         backdrop = (flow * still).sum(dim=(2, 3)) / still.sum(dim=(2, 3)).clamp(min=1)
         own = said["parameters"][torch.arange(len(tokens)), batch["family"]]
         known = batch["parameters"].isfinite()
         error = (own - batch["parameters"].nan_to_num()).square() * known
-        track = batch["tracks"][:, :, times].nanmean(dim=1) / 8 - 4
+        tracks = batch["tracks"]
+        displacement = (tracks[:, :, times] - tracks[:, :, :1]).nanmean(dim=1)
         losses = {
             "dense": F.binary_cross_entropy_with_logits(*self._dense_occupancy(features, masks)),
             "position": 0.2 * position_error(self.position, features),
-            "occupancy": F.binary_cross_entropy_with_logits(said["occupancy"], occupancy(masks, _GRID)),
-            # In units of eight pixels; the mean of all things.
-            "track": F.smooth_l1_loss(said["track"], track),
+            # In units of eight pixels; the mean of all things. Places are what is learned first, then ways.
+            "track": 0.5 * F.smooth_l1_loss(said["track"], tracks[:, :, times].nanmean(dim=1) / 8 - 4),
+            "displacement": 2 * F.smooth_l1_loss(said["displacement"], displacement / 8),
             "backdrop": F.smooth_l1_loss(said["backdrop"], backdrop / 8),
             "family": 0.2 * F.cross_entropy(said["family"], batch["family"]),
             "parameters": 0.5 * error.sum() / known.sum(),
@@ -222,7 +210,7 @@ class VideoEncoderTraining(_EncoderTraining):
         return int((config.image_size // config.patch_size) ** 2 * config.num_frames // config.tubelet_size)
 
 
-class ImageEncoderTraining(_EncoderTraining):
+class ImageEncoderTraining(OptimisedModule):
     """Trains DINOv2 and the context resampler to tell where things are, with their colours and shapes.
 
     Args:
@@ -309,7 +297,7 @@ class ImageEncoderTraining(_EncoderTraining):
         }
 
 
-class RetrievalEncoderTraining(_EncoderTraining):
+class RetrievalEncoderTraining(OptimisedModule):
     """Trains open_clip to match first frames and descriptions.
 
     Args:

@@ -2,32 +2,16 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from motionrag.training.adaptation import retrieve
+from motionrag.training.adaptation import CaptionNeighbours
 from motionrag.training.diffusion import InjectionTraining
-from motionrag.training.encoded import EncodedClips
 
 
-class ReferencedClips(Dataset):
-    """Every clip as the backbone sees it, with the features of the references that its caption retrieves.
-
-    Args:
-        clips: With latents, motion features and context features.
-        bundle: Whose sentence encoder compares the captions.
-        num_references: For each clip, k.
-    """
-
-    def __init__(self, clips: EncodedClips, bundle: str, *, num_references: int = 9) -> None:
-        self.clips = clips
-        self.neighbours = retrieve(clips, bundle, num_references)
-
-    def __len__(self) -> int:
-        return len(self.clips)
+class ReferencedClips(CaptionNeighbours):
+    """Every clip as the backbone sees it, with the motion and context features of its references."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One clip and its references.
@@ -39,13 +23,12 @@ class ReferencedClips(Dataset):
             What `EncodedClips` gives of the clip; in place of its own features `motion_features` `(k l c)` of the
             references, the most similar last, and `context_features` `(k+1 l c)` of these and, last, the clip.
         """
-        references = list(self.neighbours[index][::-1])
-        chosen = {"motion_features": references, "context_features": [*references, index]}
-        features = {
-            name: torch.from_numpy(np.stack([self.clips.arrays[name][row] for row in rows])).float()
-            for name, rows in chosen.items()
+        references = self.references(index)
+        return {
+            **self.clips[index],
+            "motion_features": self.stacked("motion_features", references),
+            "context_features": self.stacked("context_features", [*references, index]),
         }
-        return {**self.clips[index], **features}
 
 
 class JointTraining(InjectionTraining):

@@ -4,8 +4,33 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import pytorch_lightning as lightning
 import torch
 from torch import nn
+
+
+class OptimisedModule(lightning.LightningModule):
+    """What every training is: a module whose hyperparameters say how what needs gradients is optimised.
+
+    `learning_rate`, `warmup_steps` and `decay_steps` are hyperparameters of every one, `weight_decay` of some.
+    """
+
+    weight_decay = 1e-2
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on everything that needs gradients.
+
+        Returns:
+            Optimiser and schedule.
+        """
+        settings = self.hparams
+        return optimisation(
+            self.parameters(),
+            learning_rate=settings["learning_rate"],
+            weight_decay=settings.get("weight_decay", self.weight_decay),
+            warmup_steps=settings["warmup_steps"],
+            decay_steps=settings["decay_steps"],
+        )
 
 
 def optimisation(
