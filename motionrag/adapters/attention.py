@@ -79,14 +79,12 @@ class Condition:
         scale: One number, or one per row of `tokens` as a tensor `(b)`.
         keys_values: Per site, keys and values `(b h l c)`; empty while gradients are recorded.
         norms: Per site, squared norms of the injected term and of the attention output, summed over calls.
-        terms: Per site, the injected term `(b n c)` of the last call, where training looks at it; None otherwise.
     """
 
     tokens: Tensor
     scale: float | Tensor
     keys_values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
-    terms: dict[str, Tensor] | None = None
 
     @property
     def is_off(self) -> bool:
@@ -304,8 +302,6 @@ class AttentionInjection(nn.Module):
         cached = None if torch.is_grad_enabled() else condition.keys_values.get(site)
         key, value = cached or adapter.keys_values(condition.tokens)
         motion = condition.scale_for(hidden) * adapter(hidden, key, value)
-        if condition.terms is not None:
-            condition.terms[site] = motion
         if not torch.is_grad_enabled():
             norms = torch.stack([motion.float().square().sum(), hidden.float().square().sum()])
             condition.norms[site] = condition.norms[site] + norms if site in condition.norms else norms

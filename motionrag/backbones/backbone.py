@@ -1,7 +1,7 @@
 """The record that describes a backbone family. It holds facts, no weights and no state."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Backbone:
         encode: What training runs once for each clip, `(pipeline, video (b t c h w) in [-1, 1], captions)` → tensors
             whose first dimension is the clip; None while motionrag cannot train the family. `latents`, `image_latents`
             and `prompt_embeds` are among them.
+        embed_prompts: Pipeline and prompts → `prompt_embeds` `(b n d)`; None if the family takes no text.
         empty_prompt: Pipeline → `(1 n d)`, the `prompt_embeds` of the unconditional half of guidance.
         training_loss: `(pipeline, batch of what encode gave, generator, *, max_weight, motion_weight)` → `(b)`.
         frozen_parts: Parts of the pipeline that `encode` needs and `training_loss` does not.
@@ -43,6 +44,7 @@ class Backbone:
     output_size: Callable[[Any, int | None, int | None, int | None], tuple[int, int, int]] | None = None
     call_options: Callable[[Any], dict[str, Any]] | None = None
     encode: Callable[..., dict[str, Tensor]] | None = None
+    embed_prompts: Callable[[Any, Sequence[str]], Tensor] | None = None
     empty_prompt: Callable[[Any], Tensor] | None = None
     training_loss: Callable[..., Tensor] | None = None
     frozen_parts: tuple[str, ...] = ()

@@ -104,7 +104,7 @@ def encode(pipeline: Any, video: Tensor, captions: Sequence[str]) -> dict[str, T
     return {
         "latents": factor * latents,
         "image_latents": images / factor if vae.config.invert_scale_latents else factor * images,
-        "prompt_embeds": _embed_prompts(pipeline, captions),
+        "prompt_embeds": embed_prompts(pipeline, captions),
     }
 
 
@@ -118,10 +118,20 @@ def empty_prompt(pipeline: Any) -> Tensor:
     Returns:
         `(1 n d)`.
     """
-    return _embed_prompts(pipeline, [""])
+    return embed_prompts(pipeline, [""])
 
 
-def _embed_prompts(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+@torch.no_grad()
+def embed_prompts(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+    """Embed prompts as the pipeline does.
+
+    Args:
+        pipeline: With text encoder and tokenizer.
+        prompts: Texts; what is longer than the tokenizer's `model_max_length` is cut.
+
+    Returns:
+        `(b n d)`.
+    """
     embeds, _ = pipeline.encode_prompt(
         list(prompts),
         do_classifier_free_guidance=False,
@@ -256,6 +266,7 @@ COGVIDEOX = Backbone(
     output_size=output_size,
     call_options=call_options,
     encode=encode,
+    embed_prompts=embed_prompts,
     empty_prompt=empty_prompt,
     training_loss=training_loss,
     frozen_parts=("vae", "text_encoder", "tokenizer"),

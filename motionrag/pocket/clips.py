@@ -33,7 +33,6 @@ MAX_THINGS = 3
 MAX_PARAMETERS = max(len(family.parameters) for family in FAMILIES.values())
 FLOW_GRID = 8
 _CHUNK = 64
-_DESCRIBED_CYCLE = 10
 
 
 class PocketClips(Dataset):
@@ -43,7 +42,6 @@ class PocketClips(Dataset):
         count: How many.
         seed: Of the set.
         clips_per_domain: Clips that share verb, looks and dynamics; they follow one another.
-        described: Share of clips whose `caption` also tells how their first thing moves.
         folder: Where rendered sets are kept; a set that is there is not rendered again.
         num_workers: Processes that render.
     """
@@ -54,13 +52,11 @@ class PocketClips(Dataset):
         *,
         seed: int = 0,
         clips_per_domain: int = 1,
-        described: float = 0.0,
         folder: str = "outputs/pocket/world",
         num_workers: int = 2,
     ) -> None:
         self.seed, self.clips_per_domain = seed, clips_per_domain
-        self.described = described
-        self.identity = f"pocket {seed} {count} {clips_per_domain}" + (f" described {described}" if described else "")
+        self.identity = f"pocket {seed} {count} {clips_per_domain} described"
         self.folder = Path(folder) / f"seed-{seed}-clips-{count}-per-domain-{clips_per_domain}"
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.folder}.lock"):  # one of several training processes renders, the others wait
@@ -89,7 +85,8 @@ class PocketClips(Dataset):
             index: Which.
 
         Returns:
-            `video` `(t c h w)` in [-1, 1], `caption`, `plain_caption`, `index`, and the ground truth: `family`,
+            `video` `(t c h w)` in [-1, 1], `caption`, `plain_caption`, `described_caption` (which tells how the first
+            thing moves), `index`, and the ground truth: `family`,
             `parameters` `(p)` as shares of their ranges and NaN where there is none, `tracks` `(n t 2)` in pixels and
             NaN where there is no thing, `masks` `(t h w)`, `flow` `(t 8 8 2)` in pixels from frame 0, `colours` and
             `shapes` `(n)` with -1 where there is no thing.
@@ -98,13 +95,12 @@ class PocketClips(Dataset):
         sample: dict[str, Any] = {
             name: torch.from_numpy(np.array(values[index])) for name, values in self.arrays.items() if name != "frames"
         }
-        if index % _DESCRIBED_CYCLE < self.described * _DESCRIBED_CYCLE:
-            caption = f"{describe(sample['tracks'][0])} {caption}"
         return {
             **sample,
             "video": self.video(index),
             "caption": caption,
             "plain_caption": plain_caption,
+            "described_caption": f"{describe(sample['tracks'][0])} {caption}",
             "index": index,
         }
 

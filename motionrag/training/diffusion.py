@@ -1,12 +1,13 @@
 """Stages 0 and 1: the diffusion loss, with gradients to the backbone or to the motion injection alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,34 @@ from motionrag.bundle import MotionBundle
 from motionrag.training.encoded import load_pipeline
 from motionrag.training.optimisation import OptimisedModule
 
-_FINE = 2  # answers of a guide in each direction of a patch
+
+class _SiteOutputs:
+    """What reaches the output projections of a denoiser's attentions, an injected term included, in the last call."""
+
+    def __init__(self, denoiser: nn.Module, sites: Sequence[str]) -> None:
+        self._values: dict[str, Tensor] = {}
+        for site in sites:
+            denoiser.get_submodule(site).register_forward_pre_hook(partial(self._keep, site))
+
+    def _keep(self, site: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._values[site] = args[0]
+
+    def take(self, num_text: int) -> dict[str, Tensor]:
+        """Hand out and forget.
+
+        Args:
+            num_text: Positions of the prompt, which come first in CogVideoX's attention and are left out.
+
+        Returns:
+            Site → `(b f·h·w c)`.
+        """
+        values, self._values = self._values, {}
+        return {site: value[:, num_text:] for site, value in values.items()}
+
+
+def _where(chosen: Tensor, ours: Tensor, others: Tensor) -> Tensor:
+    """For each clip `(b)` one of two tensors `(b …)`."""
+    return torch.where(chosen.to(others.device).view(-1, *[1] * (others.ndim - 1)), ours, others)
 
 
 class _DiffusionTraining(OptimisedModule):
@@ -24,20 +52,25 @@ class _DiffusionTraining(OptimisedModule):
     pipeline: Any
     source: str
 
-    def diffusion_loss(self, batch: dict[str, Tensor], *, step: int) -> Tensor:
-        """Loss of a batch, averaged; noise, timesteps and dropped prompts follow from seed, step and rank.
+    def diffusion_loss(self, batch: dict[str, Tensor], *, step: int, described_share: float = 0.0) -> Tensor:
+        """Loss of a batch, averaged; noise, timesteps and prompts follow from seed, step and rank.
 
         Args:
             batch: From `EncodedClips`.
             step: Counts batches; a resumed run draws what the interrupted one would have drawn.
+            described_share: Share of clips whose prompt also tells how things move; these are never emptied if it is 1.
 
         Returns:
             One number.
         """
         generator = self.generator(step)
         settings = self.hparams
-        drop = torch.rand(len(batch["latents"]), generator=generator) < settings["prompt_dropout"]
-        prompts = torch.where(drop[:, None, None].to(self.device), batch["empty_prompt_embeds"], batch["prompt_embeds"])
+        chance = torch.rand(len(batch["latents"]), generator=generator)
+        prompts = batch["prompt_embeds"]
+        if described_share:
+            prompts = _where(chance >= 1 - described_share, batch["described_prompt_embeds"], prompts)
+        if described_share < 1:
+            prompts = _where(chance < settings["prompt_dropout"], batch["empty_prompt_embeds"], prompts)
         losses: Tensor = self.backbone.training_loss(
             self.pipeline,
             {**batch, "prompt_embeds": prompts},
@@ -87,6 +120,7 @@ class BackboneTraining(_DiffusionTraining):
         warmup_steps: Steps of linear warm-up.
         decay_steps: Step at which the learning rate reaches zero; None keeps it.
         prompt_dropout: Share of clips whose prompt is emptied.
+        described_share: Share of clips whose prompt also tells how things move, for datasets that know.
         max_weight: Highest loss weight of a timestep, see the backbone's loss.
         motion_weight: How much more the loss counts what moves.
         place_weight: Weight of a second loss that asks what every attention of a CogVideoX puts out for its own frame
@@ -105,6 +139,7 @@ class BackboneTraining(_DiffusionTraining):
         warmup_steps: int = 100,
         decay_steps: int | None = None,
         prompt_dropout: float = 0.1,
+        described_share: float = 0.0,
         max_weight: float = 1e4,
         motion_weight: float = 0.0,
         place_weight: float = 0.0,
@@ -118,33 +153,23 @@ class BackboneTraining(_DiffusionTraining):
         self.denoiser: nn.Module = getattr(self.pipeline, self.backbone.denoiser).train()
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.places = nn.ModuleDict()
+        self.outputs: _SiteOutputs | None = None
         if place_weight:
-            self._ask_for_places()
+            config: Any = self.denoiser.config
+            self.cells = (config.sample_height // config.patch_size) * (config.sample_width // config.patch_size)
+            sites = self.backbone.sites(self.denoiser)
+            width = config.num_attention_heads * config.attention_head_dim
+            self.places = nn.ModuleList(nn.Linear(width, config.sample_frames + self.cells) for _ in sites)
+            self.outputs = _SiteOutputs(self.denoiser, sites)
 
-    def _ask_for_places(self) -> None:
-        config: Any = self.denoiser.config
-        cells = (config.sample_height // config.patch_size) * (config.sample_width // config.patch_size)
-        self._outputs: dict[str, Tensor] = {}
-        for site in self.backbone.sites(self.denoiser):
-            name = site.replace(".", "/")
-            projection: Any = self.denoiser.get_submodule(site)
-            projection.register_forward_pre_hook(lambda _, args, name=name: self._outputs.update({name: args[0]}))
-            self.places[name] = nn.Linear(projection.in_features, config.sample_frames + cells)
-
-    def _place_error(self, frames: int) -> Tensor:
-        """How badly the attentions' outputs of the last call tell their own frame and cell (cross-entropy)."""
+    def _place_error(self, hidden: Sequence[Tensor]) -> Tensor:
+        """How badly what attentions put out `(b f·h·w c)` tells its own frame and cell (cross-entropy)."""
         errors = []
-        for name, hidden in self._outputs.items():
-            cells = self.places[name].out_features - self.denoiser.config.sample_frames  # type: ignore[union-attr]
-            video = hidden[:, -frames * cells :]  # text comes first
-            frame_logits, cell_logits = self.places[name](video).float().split([frames, cells], dim=2)
-            own = torch.arange(frames * cells, device=hidden.device).expand(video.shape[:2])
-            errors.append(
-                F.cross_entropy(frame_logits.flatten(0, 1), own.flatten() // cells)
-                + F.cross_entropy(cell_logits.flatten(0, 1), own.flatten() % cells)
-            )
-        self._outputs.clear()
+        for place, values in zip(self.places, hidden, strict=True):
+            own = torch.arange(values.shape[1], device=values.device).expand(values.shape[:2]).flatten()
+            logits = place(values).float().flatten(0, 1)
+            frame, cell = logits.split([logits.shape[1] - self.cells, self.cells], dim=1)
+            errors.append(F.cross_entropy(frame, own // self.cells) + F.cross_entropy(cell, own % self.cells))
         return torch.stack(errors).mean()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -157,11 +182,11 @@ class BackboneTraining(_DiffusionTraining):
         Returns:
             The loss.
         """
-        loss = self.diffusion_loss(batch, step=self.batches)
+        loss = self.diffusion_loss(batch, step=self.batches, described_share=self.hparams["described_share"])
         self.log("train/loss", loss, prog_bar=True)
-        if not self.places:
+        if self.outputs is None:
             return loss
-        place = self._place_error(batch["latents"].shape[1])
+        place = self._place_error(list(self.outputs.take(batch["prompt_embeds"].shape[1]).values()))
         self.log("train/place", place, prog_bar=True)
         return loss + self.hparams["place_weight"] * place
 
@@ -187,8 +212,9 @@ class InjectionTraining(_DiffusionTraining):
         prompt_dropout: Share of clips whose prompt is emptied.
         max_weight: Highest loss weight of a timestep, see the backbone's loss.
         motion_weight: How much more the loss counts what moves.
-        guide_weight: Weight of a second loss that asks the injected terms of a CogVideoX where the latents change.
-            Small models with little training do not find their way from the diffusion loss alone; 0 leaves it out.
+        teacher_weight: Weight of a second loss: what the attentions of a CogVideoX put out is to be what they put out
+            under a prompt that tells how things move. It reaches every site directly, where the diffusion loss alone
+            takes long to find a way; 0 leaves it out.
         train_resampler: Whether the motion resampler learns too.
         gradient_checkpointing: Save memory for a third more time.
         precision: Of the frozen backbone's weights, "float32" or "bfloat16"; what is trained is kept in float32.
@@ -208,7 +234,7 @@ class InjectionTraining(_DiffusionTraining):
         prompt_dropout: float = 0.1,
         max_weight: float = 1e4,
         motion_weight: float = 0.0,
-        guide_weight: float = 0.0,
+        teacher_weight: float = 0.0,
         train_resampler: bool = True,
         gradient_checkpointing: bool = False,
         precision: Literal["float32", "bfloat16"] = "float32",
@@ -225,12 +251,9 @@ class InjectionTraining(_DiffusionTraining):
         self.injection = self.bundle.motion_injection.requires_grad_(True)
         self.resampler = self.bundle.motion_resampler.requires_grad_(train_resampler)
         self.injection.attach(self.denoiser)
-        self.guides = nn.ModuleDict()
-        if guide_weight:
-            sites = self.bundle.config.parts["motion_injection"]["sites"]
-            self.guides = nn.ModuleDict(
-                {site.replace(".", "/"): nn.Linear(width, _FINE**2) for site, (width, _) in sites.items()}
-            )
+        self.outputs: _SiteOutputs | None = None
+        if teacher_weight:
+            self.outputs = _SiteOutputs(self.denoiser, self.injection.site_names)
 
     def motion_tokens(self, batch: dict[str, Tensor], drop: Tensor | None = None) -> Tensor:
         """Motion tokens of the clips themselves.
@@ -244,7 +267,7 @@ class InjectionTraining(_DiffusionTraining):
         """
         features = batch["motion_features"]
         if drop is not None:
-            features = torch.where(drop[:, None, None].to(features.device), batch["grey_features"], features)
+            features = _where(drop, batch["grey_features"], features)
         return self.resampler(features)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -260,29 +283,26 @@ class InjectionTraining(_DiffusionTraining):
         draw = self.generator(self.batches, stream=1)
         drop = torch.rand(len(batch["latents"]), generator=draw) < self.hparams["token_dropout"]
         self.injection.clear_condition()
-        condition = self.injection.set_condition(self.motion_tokens(batch, drop))
-        if self.guides:
-            condition.terms = {}
+        taught = self._teach(batch)
+        self.injection.set_condition(self.motion_tokens(batch, drop))
         loss = self.diffusion_loss(batch, step=self.batches)
         self.log("train/loss", loss, prog_bar=True)
-        if not self.guides:
+        if self.outputs is None:
             return loss
-        guide = self._guide_error(condition.terms or {}, batch["latents"], ~drop)
-        self.log("train/guide", guide, prog_bar=True)
-        return loss + self.hparams["guide_weight"] * guide
+        said = self.outputs.take(batch["prompt_embeds"].shape[1])
+        # Relative to how much the outputs differ from each other, clip by clip without dropped tokens.
+        errors = [(said[site] - taught[site])[~drop].square().mean() / taught[site].var() for site in taught]
+        teacher = torch.stack(errors).mean()
+        self.log("train/teacher", teacher, prog_bar=True)
+        return loss + self.hparams["teacher_weight"] * teacher
 
-    def _guide_error(self, terms: dict[str, Tensor], latents: Tensor, kept: Tensor) -> Tensor:
-        """How badly the injected terms tell where the latents differ from the first frame's."""
-        config: Any = self.denoiser.config
-        patch = int(config.patch_size)
-        change = torch.tanh((latents - latents[:, :1]).abs().mean(dim=2))
-        cells = F.avg_pool2d(change, patch // _FINE)
-        target = rearrange(cells, "b f (h i) (w j) -> b (f h w) (i j)", i=_FINE, j=_FINE)
-        errors = []
-        for site, term in terms.items():
-            said = self.guides[site.replace(".", "/")](term[:, -target.shape[1] :]).float()  # text comes first
-            errors.append(F.binary_cross_entropy_with_logits(said[kept], target[kept]))
-        return torch.stack(errors).mean()
+    @torch.no_grad()
+    def _teach(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the attentions put out without motion tokens, but with prompts that tell how things move."""
+        if self.outputs is None:
+            return {}
+        self.diffusion_loss(batch, step=self.batches, described_share=1.0)
+        return self.outputs.take(batch["prompt_embeds"].shape[1])
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop injecting.

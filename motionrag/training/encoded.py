@@ -29,7 +29,7 @@ class EncodedClips(Dataset):
     """Clips as a frozen backbone and a frozen video encoder see them.
 
     Args:
-        clips: Samples with `video` `(t c h w)` in [-1, 1] and `caption`.
+        clips: Samples with `video` `(t c h w)` in [-1, 1] and `caption`; with `described_caption` if they have it.
         folder: Where caches are kept.
         pipeline: Diffusers pipeline whose frozen parts encode latents and prompts; None: neither.
         bundle: Bundle whose frozen encoders make `features`.
@@ -76,7 +76,8 @@ class EncodedClips(Dataset):
         Returns:
             `latents`, `image_latents`, `prompt_embeds` (what the backbone's `encode` gives), `motion_features` `(l c)`,
             `motion_tokens` `(l d)` and `context_features` `(l c)`, as far as they were asked for; float32. With them
-            `empty_prompt_embeds` and `grey_features`, what stands for no prompt and the features of a grey clip.
+            `empty_prompt_embeds` and `grey_features`, what stands for no prompt and the features of a grey clip, and
+            `described_prompt_embeds` if the clips have such captions.
         """
         return {
             name: torch.from_numpy(np.array(values[index if len(values) > 1 else 0])).float()
@@ -135,7 +136,10 @@ class _PipelineEncoder:
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         assert self.backbone.encode is not None  # noqa: S101 - load_pipeline refuses others
-        return self.backbone.encode(self.pipeline, batch["video"], batch["caption"])
+        encoded = self.backbone.encode(self.pipeline, batch["video"], batch["caption"])
+        if "described_caption" in batch and self.backbone.embed_prompts is not None:
+            encoded["described_prompt_embeds"] = self.backbone.embed_prompts(self.pipeline, batch["described_caption"])
+        return encoded
 
     def constants(self) -> dict[str, Tensor]:
         assert self.backbone.empty_prompt is not None  # noqa: S101 - likewise

@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from motionrag.adapters import AttentionInjection
 from motionrag.backbones import BACKBONES
-from motionrag.training import EncodedClips, InjectionTraining
+from motionrag.training import BackboneTraining, EncodedClips, InjectionTraining
 from motionrag.training.encoded import load_pipeline
 from tests.test_backbones import pipeline as cogvideox_pipeline
 from tests.training.parts import FRAMES, SIZE, Squares, pipeline, svd_pipeline
@@ -336,3 +336,84 @@ def test_seed_step_and_stream_draw_apart(injection):
 
 def test_latents_have_the_size_of_the_clips(cog_batch):
     assert cog_batch["latents"].shape == (3, FRAMES, 4, SIZE // 4, SIZE // 4)
+
+
+def fresh(module):
+    """An injection that changes nothing."""
+    for adapter in module.injection.sites.values():
+        nn.init.zeros_(adapter.to_v.weight)
+    return module
+
+
+def described(batch):
+    generator = torch.Generator().manual_seed(5)
+    prompts = batch["prompt_embeds"]
+    return {**batch, "described_prompt_embeds": prompts + torch.randn(prompts.shape, generator=generator)}
+
+
+def test_prompts_that_tell_the_motion_come_at_the_stated_share(injection):
+    module = injection(prompt_dropout=0.1)
+    count, seen = 4000, []
+
+    def stand_in(pipeline, batch, generator, **options):
+        seen.append(batch["prompt_embeds"].flatten())
+        return torch.zeros(count)
+
+    module.backbone = replace(module.backbone, training_loss=stand_in)
+    prompts = {"prompt_embeds": 1.0, "empty_prompt_embeds": 0.0, "described_prompt_embeds": 2.0}
+    batch = {"latents": torch.zeros(count, 1), **{name: torch.full((count, 1, 1), x) for name, x in prompts.items()}}
+    for share in (0.7, 1.0):
+        module.diffusion_loss(batch, step=0, described_share=share)
+    some, every = seen
+    assert [(some == prompt).float().mean().item() for prompt in (0, 1, 2)] == pytest.approx([0.1, 0.2, 0.7], abs=0.03)
+    assert (every == 2).all()
+
+
+def test_the_teacher_asks_for_what_a_telling_prompt_does(injection, made_bundle, cache):
+    """What is left for a fresh injection to learn is the difference that the prompt makes."""
+    batch = batch_of(made_bundle, cache)
+    module = fresh(injection(teacher_weight=1.0, token_dropout=0.0, prompt_dropout=0.0))
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: value.detach()})
+    found = gradients(module, described(batch))
+    assert logged["train/teacher"] > 0
+    assert found["injection.sites.transformer_blocks/0/attn1/to_out/0.to_v.weight"].abs().sum() > 0
+    assert not any(name.startswith("denoiser") for name in found)
+    gradients(module, {**batch, "described_prompt_embeds": batch["prompt_embeds"]})
+    assert logged["train/teacher"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_teacher_leaves_out_clips_whose_tokens_are_dropped(injection, made_bundle, cache):
+    batch = described(batch_of(made_bundle, cache))
+    module = fresh(injection(teacher_weight=1.0, token_dropout=0.5, prompt_dropout=0.0))
+    kept = torch.rand(4, generator=module.generator(3, stream=1)) >= 0.5
+    assert 0 < kept.sum() < 4
+    changed = {**batch, "described_prompt_embeds": batch["described_prompt_embeds"].clone()}
+    changed["described_prompt_embeds"][kept] = batch["prompt_embeds"][kept]
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: value.detach()})
+    module.training_step(changed, 0)
+    module.on_train_batch_end()
+    assert logged["train/teacher"] == pytest.approx(0, abs=1e-9)
+
+
+# Stage 0
+
+
+def test_attention_outputs_learn_their_place(made_bundle, cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(BackboneTraining, "batches", 0, raising=False)
+    batch = batch_of(made_bundle, cache)
+    module = BackboneTraining(str(made_bundle / "backbone"), str(tmp_path), place_weight=1.0, learning_rate=1e-2)
+    logged = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.setdefault(name, []).append(value.detach().item()))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+    frames, height, width = batch["latents"].shape[1], *batch["latents"].shape[3:]
+    cells = height * width // module.denoiser.config.patch_size**2
+    chance = torch.log(torch.tensor(float(frames))) + torch.log(torch.tensor(float(cells)))
+    assert logged["train/place"][0] == pytest.approx(float(chance), rel=0.2)
+    assert logged["train/place"][-1] < 0.3 * float(chance)
+    assert module.denoiser.transformer_blocks[0].attn1.to_v.weight.grad.abs().sum() > 0
