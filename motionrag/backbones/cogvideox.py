@@ -148,6 +148,7 @@ def training_loss(
     *,
     max_weight: float,
     motion_weight: float,
+    timestep_shift: float = 1.0,
 ) -> Tensor:
     """The diffusion loss of CogVideoX: squared error of the clean latents, weighted by 1/(1-ᾱ).
 
@@ -159,13 +160,16 @@ def training_loss(
         generator: Of timesteps and noise, on the CPU.
         max_weight: Highest value of 1/(1-ᾱ); it has no bound for models that predict clean latents.
         motion_weight: How much more latents count that differ from the first frame's; 0 treats all alike.
+        timestep_shift: s of Stable Diffusion 3 (section 5.3.2): a share t of the timesteps becomes s·t/(1+(s-1)·t).
 
     Returns:
         One number for each clip `(b)`.
     """
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
     latents = batch["latents"]
-    steps = torch.randint(scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator)
+    count = scheduler.config.num_train_timesteps
+    share = (torch.randint(count, latents.shape[:1], generator=generator) + 0.5) / count
+    steps = (count * timestep_shift * share / (1 + (timestep_shift - 1) * share)).long()
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     steps = steps.to(latents.device)
     noisy = scheduler.add_noise(latents, noise, steps)

@@ -77,6 +77,7 @@ def training_loss(
     *,
     max_weight: float,
     motion_weight: float,
+    timestep_shift: float = 1.0,
 ) -> Tensor:
     """The loss of EDM: squared error of the clean latents, weighted by (σ² + 1)/σ², with σ log-normal.
 
@@ -89,6 +90,7 @@ def training_loss(
         generator: Of noise and noise levels, on the CPU.
         max_weight: Highest value of (σ² + 1)/σ².
         motion_weight: How much more latents count that differ from the first frame's; 0 treats all alike.
+        timestep_shift: Factor of σ.
 
     Returns:
         One number for each clip `(b)`.
@@ -96,7 +98,7 @@ def training_loss(
     latents, embeds = batch["latents"], batch["prompt_embeds"]
     drawn = torch.randn(len(latents), generator=generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    level = (SIGMA[0] + SIGMA[1] * drawn).exp().to(latents)
+    level = timestep_shift * (SIGMA[0] + SIGMA[1] * drawn).exp().to(latents)
     sigma = rearrange(level, "b -> b 1 1 1 1")
     noisy = latents + sigma * noise
     conditioned = rearrange(embeds.flatten(1).any(dim=1), "b -> b 1 1 1")

@@ -77,6 +77,7 @@ class _DiffusionTraining(OptimisedModule):
             generator,
             max_weight=settings["max_weight"],
             motion_weight=settings["motion_weight"],
+            timestep_shift=settings["timestep_shift"],
         )
         return losses.mean()
 
@@ -123,6 +124,7 @@ class BackboneTraining(_DiffusionTraining):
         described_share: Share of clips whose prompt also tells how things move, for datasets that know.
         max_weight: Highest loss weight of a timestep, see the backbone's loss.
         motion_weight: How much more the loss counts what moves.
+        timestep_shift: Above 1 high noise comes more often, where motion is decided; see the backbone's loss.
         place_weight: Weight of a second loss that asks what every attention of a CogVideoX puts out for its own frame
             and place. The motion injection queries with it; small models do not keep the place there by themselves.
         gradient_checkpointing: Save memory for a third more time.
@@ -142,6 +144,7 @@ class BackboneTraining(_DiffusionTraining):
         described_share: float = 0.0,
         max_weight: float = 1e4,
         motion_weight: float = 0.0,
+        timestep_shift: float = 1.0,
         place_weight: float = 0.0,
         gradient_checkpointing: bool = False,
         seed: int = 0,
@@ -212,6 +215,7 @@ class InjectionTraining(_DiffusionTraining):
         prompt_dropout: Share of clips whose prompt is emptied.
         max_weight: Highest loss weight of a timestep, see the backbone's loss.
         motion_weight: How much more the loss counts what moves.
+        timestep_shift: Above 1 high noise comes more often, where motion is decided; see the backbone's loss.
         teacher_weight: Weight of a second loss: what the attentions of a CogVideoX put out is to be what they put out
             under a prompt that tells how things move. It reaches every site directly, where the diffusion loss alone
             takes long to find a way; 0 leaves it out.
@@ -234,6 +238,7 @@ class InjectionTraining(_DiffusionTraining):
         prompt_dropout: float = 0.1,
         max_weight: float = 1e4,
         motion_weight: float = 0.0,
+        timestep_shift: float = 1.0,
         teacher_weight: float = 0.0,
         train_resampler: bool = True,
         gradient_checkpointing: bool = False,
