@@ -198,7 +198,7 @@ def test_demo_says_what_it_made(clips, tmp_path):
     done = run(*arguments)
     assert "With clips, 18 new, 0 changed, 0 unchanged" in done.stdout
     assert f"Sheet:  {out / 'sheet.png'}" in done.stdout
-    assert (f"Note: {report['note']}" in done.stdout) is bool(report["note"])
+    assert ("Note: " in done.stdout) is not trained
 
 
 @pytest.mark.parametrize("command", ["index", "search", "generate", "info", "verify", "compact", "demo"])

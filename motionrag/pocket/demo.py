@@ -26,10 +26,6 @@ from motionrag.pocket.world import WorldClip, named_domain, same_start
 from motionrag.sheet import SheetRow, contact_sheet
 from motionrag.video import Clip, VideoError, read_clip
 
-UNDERTRAINED = (
-    "The pocket's motion injection is undertrained: what is retrieved changes the video, but brings it hardly nearer "
-    "to the truth."
-)
 UNTRAINED = "The pocket's weights are untrained: the demo shows that every part runs, not yet that retrieval helps."
 # They circle, hop and drift: chosen for motions that the eye tells apart and that fit into the frame from one start.
 VERBS = ("zamp", "blurn", "waff")
@@ -121,7 +117,7 @@ class DemoResult:
         report: Everything in figures, as JSON.
         plain_track_errors: Of the video without retrieval, as in `Result`.
         results: One for each database.
-        note: What to know before judging the videos.
+        note: What to know before judging the videos; empty if there is nothing.
         seconds: Wall time by step.
     """
 
@@ -176,7 +172,7 @@ def run_demo(
         query = Query(query.image, prompt, query.exclude)
     pipeline = MotionRAGPipeline.from_pretrained("pocket")
     pipeline.pipeline.set_progress_bar_config(disable=True)
-    note = UNDERTRAINED if pipeline.bundle.config.trained else UNTRAINED
+    note = "" if pipeline.bundle.config.trained else UNTRAINED
     # The prompt names no motion, so no caption is similar to it; here the database alone is to say how things move.
     options: dict[str, Any] = {"output_type": "np", "min_similarity": -1.0}
     if num_inference_steps is not None:
@@ -295,7 +291,7 @@ def _rows(
 ) -> list[SheetRow]:
     rows = [
         SheetRow("Query image", [query.image], query.prompt),
-        SheetRow("Without retrieval", plain, " ".join([*_in_words(plain_errors), note])),
+        SheetRow("Without retrieval", plain, " ".join(filter(None, [*_in_words(plain_errors), note]))),
     ]
     for result in results:
         name = result.source.name
