@@ -24,6 +24,7 @@ ROWS = {
 }
 _MEANS = ("lost", "psnr", "colour_kept", "shape_kept", "abstained")
 Rows = list[dict[str, str]]
+Spread = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def write_report(
         measured[column][condition][int(seed.removeprefix("seed"))] = _read(file)
     main: dict[str, Any] = {}
     side: dict[str, Any] = {}
+    cama: dict[str, dict[str, Spread]] = {}
     for column in columns:
         conditions = measured[column]
         plain, ceiling = conditions["a"], conditions["e"]
@@ -71,11 +73,13 @@ def write_report(
             if len(positions) > 1:
                 figures["diversity"] = float(diversity(torch.from_numpy(np.stack(positions)), SIZE).mean())
             (main if _is_main(condition) else side).setdefault(column, {})[condition] = figures
+        cama[column] = _cama_against(conditions)
     summary: dict[str, Any] = {
         "settings": dict(settings),
         "checks": dict(checks),
         "main": main,
         "side": side,
+        "cama_against": cama,
         "swap": _swap(out / "swap.csv"),
         "seconds": seconds,
     }
@@ -129,6 +133,12 @@ def _figures(seeds: Mapping[int, Rows], plain: Mapping[int, Rows], ceiling: Mapp
     }
 
 
+def _cama_against(conditions: Mapping[str, Mapping[int, Rows]]) -> dict[str, Spread]:
+    """Track error of row d less that of b and of c, query by query."""
+    rows = {name[0]: _by_query(seeds, "track_error", seeds) for name, seeds in conditions.items() if _is_main(name)}
+    return {other: interval(rows["d"] - rows[other]) for other in "bc"}
+
+
 def _share(plain: np.ndarray, this: np.ndarray, ceiling: np.ndarray) -> np.ndarray:
     """Share of the ceiling's gain; a resample in which the ceiling gains nothing does not count."""
     gain = plain - ceiling
@@ -170,6 +180,8 @@ def _markdown(summary: Mapping[str, Any]) -> str:
         title = f"{column}: {first['queries']} queries, {first['clips']} clips in each row"
         still = f"Where nothing moves, the error is {checks['still_error'][column]:.1f} %."
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", still, "", *_table(conditions)]
+        against = summary["cama_against"][column]
+        lines += ["", f"(d) less (b), query by query: {_spread(against['b'])}; (d) less (c): {_spread(against['c'])}."]
         lines += ["", *_family_table(conditions)]
     for column, conditions in summary["side"].items():
         first = next(iter(conditions.values()))

@@ -77,6 +77,13 @@ def test_figures_of_the_main_rows(folder):
     assert rows["a"]["gain"] == pytest.approx((0, 0, 0))
 
 
+def test_cama_is_compared_with_unadapted_tokens_query_by_query(folder):
+    """All queries differ alike, so the intervals have no width, however much the queries differ from each other."""
+    made = report(folder)
+    assert made.summary["cama_against"]["seen"] == {"b": pytest.approx((-8, -8, -8)), "c": pytest.approx((-6, -6, -6))}
+    assert "(d) less (b), query by query: -8.0 [-8.0, -8.0]; (d) less (c): -6.0 [-6.0, -6.0]." in made.table
+
+
 def test_side_conditions_are_compared_with_no_retrieval_on_the_same_queries_and_noise(folder):
     side = report(folder).summary["side"]["seen"]["d-k1-text-wrong0"]
     # (a) with seed 0 has 19 and 24 for queries 0 and 5.
