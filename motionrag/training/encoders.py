@@ -109,6 +109,7 @@ class VideoEncoderTraining(OptimisedModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.token_noise = token_noise
         self.bundle = MotionBundle.from_pretrained(bundle)
         self.encoder = MotionEncoder(self.bundle).video_encoder.requires_grad_(True)
         self.resampler = self.bundle.motion_resampler.requires_grad_(True)
@@ -169,7 +170,7 @@ class VideoEncoderTraining(OptimisedModule):
         pixels = self.encoder.preprocess(batch["video"][:, times])
         features = self.encoder.model(pixels).last_hidden_state
         tokens = self.resampler(features)
-        noise = self.hparams["token_noise"] * torch.randn_like(tokens) if self.training else 0
+        noise = self.token_noise * torch.randn_like(tokens) if self.training else 0
         said = self.readout(tokens + noise)
         masks, flow = batch["masks"][:, times], batch["flow"][:, times].float()
         still = rearrange(batch["masks"][:, 0, _CELL::8, _CELL::8] == 0, "b h w -> b 1 h w 1")
