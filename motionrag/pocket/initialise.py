@@ -163,10 +163,10 @@ def backbone() -> Any:
         use_rotary_positional_embeddings=True,  # both, as in CogVideoX-5B-I2V
         use_learned_positional_embeddings=True,
     )
-    vocabulary = VOCABULARY + len(displacements.WORDS)
     text_encoder = T5EncoderModel(
-        T5Config(vocab_size=vocabulary, d_model=text_dim, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+        T5Config(vocab_size=VOCABULARY, d_model=text_dim, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
     )
+    text_encoder.resize_token_embeddings(VOCABULARY + len(displacements.WORDS), mean_resizing=False)
     text_encoder.shared.weight.data[VOCABULARY:] = displacements.vectors(text_dim)
     words = word_tokenizer()
     words.add_tokens(displacements.WORDS)
