@@ -65,8 +65,8 @@ def main() -> None:
 
         @torch.no_grad()
         def on_the_fly(rows: list[int]) -> dict[str, torch.Tensor]:
-            order = [[*references.neighbours[row][::-1], row] for row in rows]
-            videos = [torch.stack([clips.video(int(clip)) for clip in each]) for each in order]
+            order = [[*references.references(row), row] for row in rows]
+            videos = [torch.stack([clips.video(clip) for clip in each]) for each in order]
             frames = [sample_frames(video, encoder.num_frames) for video in videos]
             return {
                 "motion_tokens": torch.stack([encoder.encode_motion(list(each)) for each in frames]),

@@ -26,7 +26,7 @@ def tensors(file):
 
 
 def test_size():
-    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 25e6
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*")) <= 25e6
 
 
 def test_it_says_what_it_is():

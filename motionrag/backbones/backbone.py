@@ -29,7 +29,8 @@ class Backbone:
             and `prompt_embeds` are among them.
         embed_prompts: Pipeline and prompts → `prompt_embeds` `(b n d)`; None if the family takes no text.
         empty_prompt: Pipeline → `(1 n d)`, the `prompt_embeds` of the unconditional half of guidance.
-        training_loss: `(pipeline, batch of what encode gave, generator, *, max_weight, motion_weight)` → `(b)`.
+        training_loss: `(pipeline, batch of what encode gave, generator, *, max_weight, motion_weight,
+            timestep_shift)` → `(b)`.
         frozen_parts: Parts of the pipeline that `encode` needs and `training_loss` does not.
     """
 

@@ -206,6 +206,14 @@ class VideoMAEEncoder(nn.Module):
             raise ValueError(f"a clip must have {self.num_frames} frames, got {video.shape[1]}; sample them first")
         return self.encode(self.preprocess(video))
 
+    def grey_features(self) -> Tensor:
+        """Features of a clip in which nothing is to be seen: grey, 0 in [-1, 1].
+
+        Returns:
+            `(1 l c)`.
+        """
+        return self(torch.zeros(1, self.num_frames, 3, self.size, self.size))
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode what `preprocess` gave; clips of several sizes are preprocessed one by one and encoded together.

@@ -56,6 +56,7 @@ class PocketClips(Dataset):
         num_workers: int = 2,
     ) -> None:
         self.seed, self.clips_per_domain = seed, clips_per_domain
+        # What is encoded of them changes with the kinds of captions that they bring.
         self.identity = f"pocket {seed} {count} {clips_per_domain} described"
         self.folder = Path(folder) / f"seed-{seed}-clips-{count}-per-domain-{clips_per_domain}"
         self.folder.parent.mkdir(parents=True, exist_ok=True)

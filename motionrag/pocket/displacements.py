@@ -6,6 +6,7 @@ nothing. As grounding models have words for places in their vocabulary, the pock
 need none of it.
 """
 
+import itertools
 import math
 
 import torch
@@ -16,7 +17,8 @@ LEVELS = 16
 STEP = 5  # pixels between levels
 _WAVES = 4
 
-WORDS = [f"<t{time}{axis}{level:02d}>" for time in range(len(FRAMES)) for axis in ("x", "y") for level in range(LEVELS)]
+_MEANINGS = list(itertools.product(range(len(FRAMES)), range(2), range(LEVELS)))  # time, axis, level
+WORDS = [f"<t{time}{'xy'[axis]}{level:02d}>" for time, axis, level in _MEANINGS]
 
 
 def describe(track: Tensor) -> str:
@@ -37,18 +39,16 @@ def vectors(dim: int) -> Tensor:
     """Embeddings of `WORDS`: time, axis and a smooth code of the level, so that near levels have near vectors.
 
     Args:
-        dim: Channels, at least 17.
+        dim: Channels, at least 16.
 
     Returns:
         `(words dim)` of unit mean square.
     """
     times, axes = torch.eye(len(FRAMES)), torch.eye(2)
     rows = []
-    for time in range(len(FRAMES)):
-        for axis in range(2):
-            for level in range(LEVELS):
-                angle = math.pi * (level + 0.5) / LEVELS * torch.arange(1, _WAVES + 1)
-                rows.append(torch.cat([1.5 * times[time], 1.5 * axes[axis], angle.cos(), angle.sin()]))
+    for time, axis, level in _MEANINGS:
+        angle = math.pi * (level + 0.5) / LEVELS * torch.arange(1, _WAVES + 1)
+        rows.append(torch.cat([1.5 * times[time], 1.5 * axes[axis], angle.cos(), angle.sin()]))
     codes = torch.stack(rows)
     codes = torch.cat([codes, codes.new_zeros(len(codes), dim - codes.shape[1])], dim=1)
     return codes / codes.square().mean(1, keepdim=True).sqrt()

@@ -2,7 +2,7 @@
 
 The sentence encoder and the text encoder stay as they are made here. Text retrieval works nevertheless: the former is
 a bag of random word vectors, weighted so that common words count little, and compares captions by the words that they
-share; the latter gives the backbone one random vector for every piece of a word, and codes for places.
+share; the latter gives the backbone one random vector for every piece of a word, and codes for displacements.
 """
 
 from pathlib import Path

@@ -117,12 +117,14 @@ def pack(source: str | Path, target: str | Path, *, dtype: torch.dtype = torch.f
         part = getattr(encoder, f"{name}_encoder")
         part.to(dtype).save_pretrained(target / entry.source)
     video = encoder.video_encoder.float()  # the values that were written
-    grey = torch.zeros(1, video.num_frames, 3, video.size, video.size)
     with torch.no_grad():
-        tokens = parts["motion_resampler"].float()(video(grey))[0].to(dtype)
+        tokens = parts["motion_resampler"].float()(video.grey_features())[0].to(dtype)
     parts["motion_resampler"].to(dtype)
     config = dataclasses.replace(bundle.config, trained=True)
     MotionBundle(config, unconditional_tokens=tokens, **parts).save_pretrained(target)
+    for file in target.rglob("tokenizer.json"):  # written with a line for every word
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     if dtype == torch.float16 and size > SIZE_LIMIT:
         raise ValueError(f"{target} holds {size / 1e6:.1f} MB, more than the {SIZE_LIMIT / 1e6:.0f} MB that ship.")

@@ -40,8 +40,17 @@ class _SiteOutputs:
         return {site: value[:, num_text:] for site, value in values.items()}
 
 
-def _where(chosen: Tensor, ours: Tensor, others: Tensor) -> Tensor:
-    """For each clip `(b)` one of two tensors `(b …)`."""
+def replace_clips(chosen: Tensor, ours: Tensor, others: Tensor) -> Tensor:
+    """Replace some clips of a batch.
+
+    Args:
+        chosen: Which `(b)`, bool.
+        ours: In their place `(b …)` or `(1 …)`.
+        others: The batch `(b …)`.
+
+    Returns:
+        `(b …)`.
+    """
     return torch.where(chosen.to(others.device).view(-1, *[1] * (others.ndim - 1)), ours, others)
 
 
@@ -68,9 +77,9 @@ class _DiffusionTraining(OptimisedModule):
         chance = torch.rand(len(batch["latents"]), generator=generator)
         prompts = batch["prompt_embeds"]
         if described_share:
-            prompts = _where(chance >= 1 - described_share, batch["described_prompt_embeds"], prompts)
+            prompts = replace_clips(chance >= 1 - described_share, batch["described_prompt_embeds"], prompts)
         if described_share < 1:
-            prompts = _where(chance < settings["prompt_dropout"], batch["empty_prompt_embeds"], prompts)
+            prompts = replace_clips(chance < settings["prompt_dropout"], batch["empty_prompt_embeds"], prompts)
         losses: Tensor = self.backbone.training_loss(
             self.pipeline,
             {**batch, "prompt_embeds": prompts},
@@ -272,7 +281,7 @@ class InjectionTraining(_DiffusionTraining):
         """
         features = batch["motion_features"]
         if drop is not None:
-            features = _where(drop, batch["grey_features"], features)
+            features = replace_clips(drop, batch["grey_features"], features)
         return self.resampler(features)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -155,9 +155,7 @@ class _MotionFeatures:
         return {"motion_features": self.encoder(sample_frames(batch["video"], self.encoder.num_frames))}
 
     def constants(self) -> dict[str, Tensor]:
-        size = self.encoder.size
-        grey = torch.zeros(1, self.encoder.num_frames, 3, size, size)
-        return {"grey_features": self.encoder(grey)}
+        return {"grey_features": self.encoder.grey_features()}
 
 
 class _MotionTokens:

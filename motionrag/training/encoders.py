@@ -160,9 +160,7 @@ class VideoEncoderTraining(OptimisedModule):
         """Write the encoder, the resampler and the unconditional tokens."""
         folder = self.bundle.path_or_id(self.bundle.config.encoders["video"].source)
         self.encoder.save_pretrained(folder)
-        size = self.encoder.size
-        grey = torch.zeros(1, self.encoder.num_frames, 3, size, size, device=self.device)
-        tokens = self.resampler(self.encoder(grey))[0].float().cpu()
+        tokens = self.resampler(self.encoder.grey_features())[0].float().cpu()
         save_parts(self.bundle, self.hparams["bundle"], unconditional_tokens=tokens, motion_resampler=self.resampler)
 
     def _losses(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -178,13 +176,13 @@ class VideoEncoderTraining(OptimisedModule):
         own = said["parameters"][torch.arange(len(tokens)), batch["family"]]
         known = batch["parameters"].isfinite()
         error = (own - batch["parameters"].nan_to_num()).square() * known
-        tracks = batch["tracks"]
-        displacement = (tracks[:, :, times] - tracks[:, :, :1]).nanmean(dim=1)
+        track = batch["tracks"].nanmean(dim=1)  # the mean of all things
+        displacement = track[:, times] - track[:, :1]
         losses = {
             "dense": F.binary_cross_entropy_with_logits(*self._dense_occupancy(features, masks)),
             "position": 0.2 * position_error(self.position, features),
-            # In units of eight pixels; the mean of all things. Places are what is learned first, then ways.
-            "track": 0.5 * F.smooth_l1_loss(said["track"], tracks[:, :, times].nanmean(dim=1) / 8 - 4),
+            # In units of eight pixels. Places are what is learned first, then ways.
+            "track": 0.5 * F.smooth_l1_loss(said["track"], track[:, times] / 8 - 4),
             "displacement": 2 * F.smooth_l1_loss(said["displacement"], displacement / 8),
             "backdrop": F.smooth_l1_loss(said["backdrop"], backdrop / 8),
             "family": 0.2 * F.cross_entropy(said["family"], batch["family"]),

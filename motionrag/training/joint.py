@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from motionrag.training.adaptation import CaptionNeighbours
-from motionrag.training.diffusion import InjectionTraining
+from motionrag.training.diffusion import InjectionTraining, replace_clips
 
 
 class ReferencedClips(CaptionNeighbours):
@@ -66,7 +65,7 @@ class JointTraining(InjectionTraining):
         if drop is None:
             return predicted
         grey = self.resampler(batch["grey_features"][:1]).to(predicted)
-        return torch.where(drop[:, None, None].to(predicted.device), grey, predicted)
+        return replace_clips(drop, grey, predicted)
 
     def trained_parts(self) -> dict[str, nn.Module]:
         """What this stage trains.
