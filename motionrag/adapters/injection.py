@@ -6,15 +6,16 @@ block, they are simply not called when a cache skips it.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-InputHook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
+PlaceHooks = Callable[[nn.Module, str], list[RemovableHandle]]
 
 ORDER = "load → LoRA → attach → offload, cast or cache → compile"
 
@@ -41,52 +42,63 @@ def leaf(model: nn.Module, site: str) -> nn.Module:
 
 
 class Attachment:
-    """The hooks that one adapter has placed on one model.
+    """The hooks that one adapter has placed on the denoisers of one pipeline.
 
     Kept in a plain object, so that torch does not take the backbone for a child of the adapter.
+
+    Args:
+        on_pass: Called with the name of a pass when a pipeline begins it; an error it raises ends the pipeline's call.
+
+    Attributes:
+        guidance_pass: While a pipeline runs the two passes of guidance as two calls (Wan), "uncond" or "cond".
     """
 
-    def __init__(self) -> None:
-        self._model: nn.Module | None = None
-        self._leaves: dict[str, nn.Module] = {}
+    def __init__(self, on_pass: Callable[[str], None]) -> None:
+        self.on_pass = on_pass
+        self._models: tuple[nn.Module, ...] = ()
+        self._leaves: dict[tuple[int, str], nn.Module] = {}
         self._handles: list[RemovableHandle] = []
+        self.guidance_pass: str | None = None
 
     @property
-    def model(self) -> nn.Module | None:
-        """The model that carries the hooks, or None."""
-        return self._model
+    def models(self) -> tuple[nn.Module, ...]:
+        """The models that carry the hooks; none, one, or two experts of a pipeline."""
+        return self._models
 
-    def attach(self, model: nn.Module, hooks: Mapping[str, InputHook]) -> None:
-        """Place a hook in front of every named leaf; on an error none stays. Compiled models are compiled anew.
+    def attach(self, models: Sequence[nn.Module], sites: Iterable[str], place: PlaceHooks) -> None:
+        """Place hooks at every site; on an error none stays. Compiled models are compiled anew.
 
         Args:
-            model: The backbone's denoiser.
-            hooks: Site → function `(layer, arguments) -> arguments`, called before the layer.
+            models: The backbone's denoisers.
+            sites: Paths of leaf layers; every model has all of them.
+            place: Called with model and site; places hooks and returns their handles.
 
         Raises:
             RuntimeError: If these hooks are on a model already.
             ValueError: If a site does not exist.
         """
-        if self._model is not None:
-            raise RuntimeError(f"The adapter is already attached to a {type(self._model).__name__}; detach it first.")
-        leaves = {site: leaf(model, site) for site in hooks}
-        self._handles = [leaves[site].register_forward_pre_hook(hook) for site, hook in hooks.items()]
-        self._leaves, self._model = leaves, model
-        if "torch._dynamo" in sys.modules:
-            # Code that was compiled before does not look for new hooks: it would run on without them.
-            torch.compiler.reset()
+        if self._models:
+            name = type(self._models[0]).__name__
+            raise RuntimeError(f"The adapter is already attached to a {name}; detach it first.")
+        sites = list(sites)
+        leaves = {(number, site): leaf(model, site) for number, model in enumerate(models) for site in sites}
+        self._handles = [handle for model in models for site in sites for handle in place(model, site)]
+        self._leaves, self._models = leaves, tuple(models)
+        for model in models:
+            self._follow_passes(model)
+        _compile_anew()
 
     def detach(self) -> None:
         """Take all hooks away. Does nothing when there are none."""
         for handle in self._handles:
             handle.remove()
-        self._model, self._leaves, self._handles = None, {}, []
+        for model in self._models:
+            self._follow_passes_no_more(model)
+        self._models, self._leaves, self._handles = (), {}, []
 
-    def is_bypassed(self) -> bool:
-        """Tell whether the model calls other layers now than those that carry the hooks."""
-        return self._model is not None and any(
-            leaf(self._model, site) is not layer for site, layer in self._leaves.items()
-        )
+    def replaced(self) -> list[str]:
+        """Sites whose layer is another one now than that which carries the hooks (LoRA loaded or removed since)."""
+        return [site for (number, site), layer in self._leaves.items() if leaf(self._models[number], site) is not layer]
 
     def check(self) -> None:
         """Make sure that every hook still sits in front of the leaf that the model calls.
@@ -94,13 +106,80 @@ class Attachment:
         Raises:
             RuntimeError: If nothing is attached, or if a leaf was wrapped or replaced since (LoRA loaded later).
         """
-        if self._model is None:
+        if not self._models:
             raise RuntimeError(
                 "The adapter is not attached to a model, so nothing would be injected; call attach(model)."
             )
-        for site, layer in self._leaves.items():
-            if leaf(self._model, site) is not layer:
-                raise RuntimeError(
-                    f"The layer at {site} was replaced after the adapter was attached (LoRA loaded later?). "
-                    f"Detach, make the change, attach again; the order is {ORDER}."
-                )
+        replaced = self.replaced()
+        if replaced:
+            raise RuntimeError(
+                f"The layer at {replaced[0]} was replaced after the adapter was attached (LoRA loaded later?). "
+                f"Detach, make the change, attach again; the order is {ORDER}."
+            )
+
+    def _follow_passes(self, model: nn.Module) -> None:
+        """Learn the name of the pass that diffusers announces to its caches, by the model's `cache_context`.
+
+        Set on the instance, beside diffusers' own: a hook would have to be there before the first run. All adapters of
+        a model follow by the same one, so that they can come and go in any order.
+        """
+        model = _uncompiled(model)
+        if not hasattr(model, "cache_context"):  # a UNet; it runs both passes as one batch
+            return
+        if "cache_context" not in model.__dict__:
+            model.__dict__["cache_context"] = _PassAnnouncer(model.cache_context)
+        model.__dict__["cache_context"].followers.append(self)
+
+    def _follow_passes_no_more(self, model: nn.Module) -> None:
+        model = _uncompiled(model)
+        announcer = model.__dict__.get("cache_context")
+        if announcer is not None:
+            announcer.followers.remove(self)
+            if not announcer.followers:
+                del model.__dict__["cache_context"]
+
+
+class _PassAnnouncer:
+    """Stands in front of a model's `cache_context` and tells its name to attachments."""
+
+    def __init__(self, original: Callable[..., AbstractContextManager[None]]) -> None:
+        self.original = original
+        self.followers: list[Attachment] = []
+
+    @contextmanager
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        followers = list(self.followers)
+        before = [follower.guidance_pass for follower in followers]
+        for follower in followers:
+            follower.on_pass(name)
+        for follower in followers:
+            follower.guidance_pass = name
+        try:
+            with self.original(name, *args, **kwargs):
+                yield
+        finally:
+            for follower, previous in zip(followers, before, strict=True):
+                follower.guidance_pass = previous
+
+
+def diffusers_hooks(model: nn.Module) -> set[str]:
+    """Names of the hooks that diffusers itself has placed on a model and its parts, for caches, offloading and casting.
+
+    Args:
+        model: The backbone's denoiser.
+
+    Returns:
+        For example `{"faster_cache_denoiser"}`.
+    """
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return {name for registry in registries if registry is not None for name in registry.hooks}
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, getattr(model, "_orig_mod", model))
+
+
+def _compile_anew() -> None:
+    """Code that was compiled before does not look for new hooks: it would run on without them."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
