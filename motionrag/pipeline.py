@@ -4,16 +4,20 @@
 k references, l tokens of a clip, d width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from motionrag.adapters import AttentionInjection, InjectedEffect
-from motionrag.backbones import Backbone, backbone_of_pipeline
+from motionrag.adapters.injection import diffusers_hooks
+from motionrag.backbones import Backbone, backbone_of_index, backbone_of_pipeline
 from motionrag.bundle import POCKET, MotionBundle
 from motionrag.database import MotionDatabase, Reference
 from motionrag.database.manifest import Manifest
@@ -52,10 +56,11 @@ class MotionRAGPipeline:
         self.pipeline = pipeline
         self.bundle = bundle
         self.encoder = encoder or MotionEncoder(bundle)
+        self._lock = Lock()
         self._database: MotionDatabase | None = None
         self.database = database  # type: ignore[assignment]
         self.injection: AttentionInjection = bundle.motion_injection
-        self.injection.attach(self._denoiser)  # last: a refused argument leaves no hook behind
+        self.injection.attach(*self._denoisers)  # last: a refused argument leaves no hook behind
 
     @classmethod
     def from_pretrained(
@@ -89,11 +94,8 @@ class MotionRAGPipeline:
             source = bundle.path_or_id(bundle.config.base_model)
         elif not isinstance(bundle, MotionBundle):
             bundle = MotionBundle.from_pretrained(bundle)
-        name = diffusers.DiffusionPipeline.load_config(str(source))["_class_name"]
-        pipeline_class = getattr(diffusers, name, None)
-        if pipeline_class is None:
-            raise ValueError(f"{source} is a {name}, which diffusers {diffusers.__version__} does not have.")
-        backbone_of_pipeline(pipeline_class)  # before gigabytes are loaded
+        backbone = backbone_of_index(diffusers.DiffusionPipeline.load_config(str(source)))
+        pipeline_class = getattr(diffusers, backbone.pipeline_class)
         if "torch_dtype" not in pipeline_options:
             # Left alone, diffusers takes the text encoder's dtype from its file and float32 for the rest.
             pipeline_options.setdefault("dtype", torch.float32)
@@ -130,6 +132,7 @@ class MotionRAGPipeline:
         where: str | None = None,
         exclude: Any = None,
         min_similarity: float | None = None,
+        published_image_range: bool = False,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -157,6 +160,8 @@ class MotionRAGPipeline:
             exclude: Clips or files that must not be references.
             min_similarity: Retrieved clips below this score are not used; if none is left, nothing is injected and the
                 output says so. None takes the bundle's threshold; without one, every reference is used.
+            published_image_range: Show CAMA the query image as the published CogVideoX pipeline does, in [0, 1] where
+                the references' images are in [-1, 1]; see docs/parity.md.
             height: Pixels; None for the backbone's own.
             width: Pixels; None for the backbone's own.
             num_frames: Frames; None for the backbone's own.
@@ -170,13 +175,14 @@ class MotionRAGPipeline:
             Frames, references and the size of the injected effect.
 
         Raises:
-            ValueError: If an argument is malformed, or motion is asked for without a database or references.
+            ValueError: If an argument is malformed, or one that the backbone does not take, or motion is asked for
+                without a database or references.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}.')
+        self._check_options(negative_prompt, pipeline_options)
         images, prompts = _as_batch(image, prompt)
         is_single = not isinstance(image, (list, tuple)) and isinstance(prompt, str)
-        assert self.backbone.output_size is not None  # noqa: S101 - every family with a pipeline has it
         height, width, num_frames = self.backbone.output_size(self.pipeline, height, width, num_frames)
         defaults = self.bundle.config
         guidance_scale = _first_given(guidance_scale, defaults.guidance_scale, self.backbone.guidance_scale)
@@ -202,28 +208,30 @@ class MotionRAGPipeline:
         is_injected = [motion_tokens is not None or bool(hits) for hits in found]
         abstained = [wants_motion and not injected for injected in is_injected]
         if any(found):
-            motion_tokens = self._adapt(pixels, found)
+            motion_tokens = self._adapt([(each + 1) / 2 for each in pixels] if published_image_range else pixels, found)
 
         options: dict[str, Any] = {
             **(self.backbone.call_options(self.pipeline) if self.backbone.call_options else {}),
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            self.backbone.guidance_option: guidance_scale,
             "height": height,
             "width": width,
             "num_frames": num_frames,
             "generator": generator,
             "output_type": output_type,
-            "negative_prompt": negative_prompt,
+            **({"negative_prompt": negative_prompt} if self.backbone.embed_prompts else {}),
             **pipeline_options,
         }
-        frames, effect = self._generate(pictures, prompts, motion_tokens, is_injected, motion_scale, options)
+        scales = [motion_scale if injected else 0.0 for injected in is_injected]
+        with self._alone():
+            frames, effect = self._generate(pictures, prompts, motion_tokens, scales, options)
         return MotionRAGOutput(
             frames=frames,
             references=found[0] if is_single else found,
             abstained=abstained[0] if is_single else abstained,
             injected_effect=effect,
             motion_tokens=motion_tokens,
-            fps=self.backbone.fps,
+            fps=self.backbone.fps(self.pipeline),
             settings={
                 "prompt": prompts[0] if is_single else prompts,
                 "negative_prompt": negative_prompt,
@@ -266,23 +274,45 @@ class MotionRAGPipeline:
         """
         self.pipeline.enable_model_cpu_offload(*args, **kwargs)
 
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Keep every layer of the backbone on the CPU and move it to the accelerator while it runs, as in diffusers.
+
+        Args:
+            *args: Passed on.
+            **kwargs: Passed on.
+        """
+        self.pipeline.enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Move groups of the backbone's layers to the accelerator while they run, as in diffusers.
+
+        Args:
+            *args: Passed on.
+            **kwargs: Passed on.
+        """
+        self.pipeline.enable_group_offload(*args, **kwargs)
+
     def info(self) -> dict[str, Any]:
         """Facts about the parts, as JSON values.
 
         Returns:
-            Backbone, sites, parameter counts, database, and the licence of every weight that is used.
+            Backbone, sites, how the injection is computed there, parameter counts, database, and the licence of every
+            weight that is used.
         """
         return {
             **self.bundle.info(),
             "injection_sites": len(self.injection.sites),
+            "injection_paths": self.injection.paths(self.encoder.num_tokens),
             "injection_parameters": sum(parameter.numel() for parameter in self.injection.parameters()),
-            "backbone_parameters": sum(parameter.numel() for parameter in self._denoiser.parameters()),
+            "backbone_parameters": sum(
+                parameter.numel() for model in self._denoisers for parameter in model.parameters()
+            ),
             "database": None if self.database is None else self.database.info(),
         }
 
     @property
-    def _denoiser(self) -> Any:
-        return getattr(self.pipeline, self.backbone.denoiser)
+    def _denoisers(self) -> list[Any]:
+        return self.backbone.denoisers(self.pipeline)
 
     def _retrieve(
         self,
@@ -341,32 +371,108 @@ class MotionRAGPipeline:
             )
         return torch.stack(predictions)
 
+    def _check_options(self, negative_prompt: str | list[str] | None, options: Mapping[str, Any]) -> None:
+        """Refuse what this family's pipeline does not take, and what would bypass the injection."""
+        if negative_prompt is not None and self.backbone.embed_prompts is None:
+            raise ValueError(f"{self.backbone.name} reads no text, so there is no negative prompt; leave it out.")
+        if self.backbone.guidance_option in options:
+            raise ValueError(f"Pass guidance_scale=… in place of {self.backbone.guidance_option}=….")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time: the diffusers pipeline and the injection both hold the state of a call."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("This pipeline is making a video in another thread; wait for it, or load a second one.")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _generate(
         self,
         pictures: list[Image.Image],
         prompts: list[str],
         motion_tokens: Tensor | None,
-        is_injected: Sequence[bool],
-        motion_scale: float,
+        scales: Sequence[float],
         options: Mapping[str, Any],
     ) -> tuple[Any, InjectedEffect]:
         """Run the diffusers pipeline, with the injection switched on for this call alone."""
+        if len(pictures) > 1 and not self.backbone.takes_batches:
+            return self._generate_in_turn(pictures, prompts, motion_tokens, scales, options)
         # A single image goes in alone, so that diffusers' own rules for it apply.
-        call = {"image": pictures if len(pictures) > 1 else pictures[0], "prompt": prompts, **options}
+        call = {"image": pictures if len(pictures) > 1 else pictures[0], **options}
+        if self.backbone.embed_prompts:
+            call["prompt"] = prompts
+        denoisers = self._denoisers
+        for denoiser in denoisers:
+            if hasattr(denoiser, "_reset_stateful_cache"):  # diffusers leaves it full when a call ends in an error
+                denoiser._reset_stateful_cache()
         if motion_tokens is None:
             return self.pipeline(**call).frames, InjectedEffect(mean=0.0, per_site={})
-        self.injection.reattach(self._denoiser)  # LoRA may have come or gone, the denoiser may be another
+        for denoiser in denoisers:
+            _refuse_what_cannot_be_right(denoiser)
+        self.injection.reattach(*denoisers)  # LoRA may have come or gone, the denoiser may be another
         device: torch.device = self.pipeline._execution_device
-        stored: torch.dtype = self._denoiser.dtype
+        stored: torch.dtype = denoisers[0].dtype
         # Layerwise casting stores one byte a number and computes in more; float32 is then always right.
         self.injection.to(device=device, dtype=stored if stored.itemsize > 1 else torch.float32)
-        scale = torch.tensor([motion_scale if injected else 0.0 for injected in is_injected])
-        if options["guidance_scale"] > 1:  # one batch of both passes, the unconditional rows first
+        scale = torch.tensor(scales)
+        is_guided = options[self.backbone.guidance_option] > 1
+        if is_guided:  # two passes, the unconditional rows first
             unconditional = self.bundle.unconditional_tokens.expand_as(motion_tokens)
             motion_tokens, scale = torch.cat([unconditional, motion_tokens]), scale.repeat(2)
-        with self.injection.condition(motion_tokens.to(device), scale=scale.to(device)) as condition:
+        with self.injection.condition(motion_tokens.to(device), scale.to(device), is_guided=is_guided) as condition:
             frames = self.pipeline(**call).frames
             return frames, condition.effect()
+
+    def _generate_in_turn(
+        self,
+        pictures: list[Image.Image],
+        prompts: list[str],
+        motion_tokens: Tensor | None,
+        scales: Sequence[float],
+        options: Mapping[str, Any],
+    ) -> tuple[Any, InjectedEffect]:
+        """One call of the diffusers pipeline for each image, for families that take one at a time."""
+        frames, effects = [], []
+        for index, picture in enumerate(pictures):
+            own = {name: _own(options.get(name), index) for name in ("generator", "negative_prompt")}
+            tokens = None if motion_tokens is None or scales[index] == 0 else motion_tokens[index : index + 1]
+            made, effect = self._generate(
+                [picture], [prompts[index]], tokens, scales[index : index + 1], {**options, **own}
+            )
+            frames.append(made)
+            effects.append(effect)
+        return _joined(frames), InjectedEffect.mean_of(effects)
+
+
+def _refuse_what_cannot_be_right(denoiser: Any) -> None:
+    """Features of diffusers under which motion would reach the wrong rows, or has never been seen to be right."""
+    name = type(denoiser).__name__
+    if "faster_cache_denoiser" in diffusers_hooks(denoiser):
+        raise ValueError(
+            f"FasterCache runs {name} without the unconditional half of guidance in some steps, so motion would reach "
+            "the wrong half; call disable_cache() on it, or enable FirstBlockCache in its place."
+        )
+    if getattr(denoiser, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"{name} is split over devices by enable_parallelism, with which motion injection has not been tested; "
+            "load the pipeline again without it."
+        )
+
+
+def _own(option: Any, index: int) -> Any:
+    """What one image of several gets of an option that may be a list."""
+    return option[index] if isinstance(option, list) else option
+
+
+def _joined(videos: list[Any]) -> Any:
+    """Batches of one video as one batch: lists, arrays or tensors."""
+    if isinstance(videos[0], Tensor):
+        return torch.cat(videos)
+    if isinstance(videos[0], np.ndarray):
+        return np.concatenate(videos)
+    return [video for batch in videos for video in batch]
 
 
 def _first_given(*values: Any) -> Any:

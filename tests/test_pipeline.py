@@ -195,6 +195,16 @@ def test_tokens_are_cama_on_ascending_references(pipe):
     torch.testing.assert_close(out.motion_tokens, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_published_range_of_the_query_image(pipe):
+    """The query alone is shown in [0, 1]: as a picture of half the contrast, and brighter, in the right range."""
+    out = run(pipe, published_image_range=True)
+    assert captions(out.references) == captions(run(pipe).references)
+    pale = Image.fromarray((np.array(picture()) / 2 + 127.5).round().astype(np.uint8))
+    expected = run(pipe, references=out.references, image=pale)
+    torch.testing.assert_close(out.motion_tokens, expected.motion_tokens, atol=0.02, rtol=0.02)
+    assert (out.motion_tokens - run(pipe).motion_tokens).abs().max() > 0.1
+
+
 def test_keys_and_values_are_computed_once_for_a_generation(pipe):
     calls = []
     handles = [

@@ -1,18 +1,21 @@
 """What differs between backbones, one file per family: data and a few functions.
 
 A backbone is a frozen, pretrained diffusers image-to-video model. To add one, write a file like `cogvideox.py` and
-add its `Backbone` to `BACKBONES`; CONTRIBUTING.md walks through it.
+add its `Backbone` to `BACKBONES`; docs/backbones.md walks through it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from motionrag.backbones.backbone import Backbone
 from motionrag.backbones.cogvideox import COGVIDEOX
+from motionrag.backbones.ltx import LTX
 from motionrag.backbones.svd import SVD
+from motionrag.backbones.wan import WAN
 
-BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (COGVIDEOX, SVD)}
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (COGVIDEOX, SVD, LTX, WAN)}
 
 
 def backbone_of_denoiser(model: nn.Module) -> Backbone:
@@ -32,7 +35,7 @@ def backbone_of_denoiser(model: nn.Module) -> Backbone:
 
 
 def backbone_of_pipeline(pipeline_class: type) -> Backbone:
-    """Find the family of a diffusers pipeline that motionrag generates with, by the names of its classes.
+    """Find the family of a diffusers pipeline, by the names of its classes.
 
     Args:
         pipeline_class: For example `CogVideoXImageToVideoPipeline`, or a subclass of it.
@@ -41,28 +44,37 @@ def backbone_of_pipeline(pipeline_class: type) -> Backbone:
         Its family.
 
     Raises:
-        ValueError: If no family generates with this class.
+        ValueError: If no family has this class.
     """
-    return _find(pipeline_class, _pipelines(backbone for backbone in BACKBONES.values() if backbone.output_size))
+    return _find(pipeline_class, {backbone.pipeline_class: backbone for backbone in BACKBONES.values()})
 
 
-def trainable_backbone(pipeline_class: type) -> Backbone:
-    """Find the family of a diffusers pipeline that motionrag trains, by the names of its classes.
+def backbone_of_index(index: Mapping[str, Any]) -> Backbone:
+    """Find the family of stored weights.
 
     Args:
-        pipeline_class: For example `StableVideoDiffusionPipeline`.
+        index: Content of `model_index.json`, as diffusers' `load_config` gives it.
 
     Returns:
-        Its family.
+        Its family; load the weights with its `pipeline_class`, which may be another than the one named there.
 
     Raises:
-        ValueError: If motionrag cannot train with this class.
+        ValueError: If diffusers does not have the class that is named there, no family has it, or the weights make
+            videos from text alone.
     """
-    return _find(pipeline_class, _pipelines(backbone for backbone in BACKBONES.values() if backbone.encode))
+    import diffusers
 
-
-def _pipelines(backbones: Iterable[Backbone]) -> dict[str, Backbone]:
-    return {backbone.pipeline_class: backbone for backbone in backbones if backbone.pipeline_class is not None}
+    name = index["_class_name"]
+    for backbone in BACKBONES.values():
+        if name in backbone.stored_as:
+            wrong = {key: value for key, value in backbone.stored_as[name].items() if index.get(key) != value}
+            if wrong:
+                raise ValueError(f"These {name} weights make videos from text, not from an image: {wrong} is missing.")
+            return backbone
+    pipeline_class = getattr(diffusers, name, None)
+    if pipeline_class is None:
+        raise ValueError(f"The weights are of a {name}, which diffusers {diffusers.__version__} does not have.")
+    return backbone_of_pipeline(pipeline_class)
 
 
 def _find(cls: type, families: dict[str, Backbone]) -> Backbone:
@@ -72,4 +84,4 @@ def _find(cls: type, families: dict[str, Backbone]) -> Backbone:
     raise ValueError(f"No backbone family knows {cls.__name__}; known are {', '.join(sorted(families))}.")
 
 
-__all__ = ["BACKBONES", "Backbone", "backbone_of_denoiser", "backbone_of_pipeline", "trainable_backbone"]
+__all__ = ["BACKBONES", "Backbone", "backbone_of_denoiser", "backbone_of_index", "backbone_of_pipeline"]

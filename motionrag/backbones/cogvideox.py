@@ -16,14 +16,15 @@ from torch.nn import functional as F
 
 from motionrag.backbones.backbone import Backbone
 from motionrag.backbones.loss import latent_error
+from motionrag.backbones.size import valid_frames, valid_size, wrong_size
 
 
 def output_size(pipeline: Any, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
     """Fill in and check the size of the video.
 
     Sizes are multiples of the VAE's spatial factor times the patch; frames are 1 more than a multiple of twice the
-    VAE's temporal factor: 1, 9, 17, …, 49. A model with learned positions (5B-I2V) knows a single picture size and a
-    longest video.
+    VAE's temporal factor: 1, 9, 17, …, up to the number that the model was trained on (49; 81 for 1.5). A model with
+    learned positions (5B-I2V) knows a single picture size.
 
     Args:
         pipeline: A diffusers `CogVideoXImageToVideoPipeline`.
@@ -46,23 +47,11 @@ def output_size(pipeline: Any, height: int | None, width: int | None, num_frames
     width = own_width if width is None else width
     num_frames = config.sample_frames if num_frames is None else num_frames
 
-    step = spatial * config.patch_size
-    nearest = (max(step, round(height / step) * step), max(step, round(width / step) * step))
-    if config.use_learned_positional_embeddings:
-        nearest = (own_height, own_width)
-    if (height, width) != nearest:
-        raise ValueError(
-            f"This CogVideoX model cannot make {height}×{width} (height×width); the nearest valid size is "
-            f"{nearest[0]}×{nearest[1]}."
-        )
-
-    steps = max(0, round((num_frames - 1) / temporal))
-    if config.use_learned_positional_embeddings:
-        steps = min(steps, (config.sample_frames - 1) // temporal)
-    if num_frames != steps * temporal + 1:
-        raise ValueError(
-            f"This CogVideoX model cannot make {num_frames} frames; the nearest valid number is {steps * temporal + 1}."
-        )
+    if not config.use_learned_positional_embeddings:
+        valid_size("CogVideoX", height, width, spatial * config.patch_size)
+    elif (height, width) != (own_height, own_width):
+        raise wrong_size("CogVideoX", height, width, (own_height, own_width))
+    num_frames = valid_frames("CogVideoX", num_frames, temporal, config.sample_frames)
     return height, width, num_frames
 
 
@@ -263,15 +252,19 @@ COGVIDEOX = Backbone(
     denoiser_class="CogVideoXTransformer3DModel",
     denoiser="transformer",
     injection_sites=re.compile(r"transformer_blocks\.\d+\.attn1\.to_out\.0"),
-    published_prefix="transformer.",
-    fps=8,
     pipeline_class="CogVideoXImageToVideoPipeline",
-    guidance_scale=6.0,
     output_size=output_size,
+    fps=lambda pipeline: 16 if pipeline.transformer.config.patch_size_t else 8,  # 1.5, and the first
+    guidance_scale=6.0,
     call_options=call_options,
     encode=encode,
     embed_prompts=embed_prompts,
     empty_prompt=empty_prompt,
     training_loss=training_loss,
     frozen_parts=("vae", "text_encoder", "tokenizer"),
+    public_weights={
+        "THUDM/CogVideoX-5b-I2V": "CogVideoX License",
+        "THUDM/CogVideoX1.5-5B-I2V": "CogVideoX License",
+    },
+    published_prefix="transformer.",
 )

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion: sites, and how it is trained. Generating with it is not wired into the pipeline yet.
+"""Stable Video Diffusion: sites, size and frame rules, and how it is trained. It reads no text.
 
 Every spatial cross-attention (`attn2`) sees one image token, so its output, and with it what motion injection adds,
 is the same at every position, frame and step of a sample.
@@ -15,11 +15,39 @@ from torch import Tensor
 
 from motionrag.backbones.backbone import Backbone
 from motionrag.backbones.loss import latent_error
+from motionrag.backbones.size import valid_frames, valid_size
 
 FPS = 7
+HEIGHT, WIDTH = 576, 1024
 MOTION_BUCKET = 127  # diffusers' default; the model was told how much a clip moves, here it learns that from the tokens
 SIGMA = (0.7, 1.6)  # log-normal noise level in training
 IMAGE_NOISE = (-3.0, 0.5)  # log-normal noise of the image that the video starts from
+
+
+def output_size(pipeline: Any, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
+    """Fill in and check the size of the video.
+
+    Sides are multiples of the VAE's factor and of all that the UNet halves; from 2 frames to as many as the model was
+    trained on.
+
+    Args:
+        pipeline: A diffusers `StableVideoDiffusionPipeline`.
+        height: Pixels, or None for 576.
+        width: Pixels, or None for 1024.
+        num_frames: Frames of the video, or None for the model's own.
+
+    Returns:
+        Height, width and number of frames.
+
+    Raises:
+        ValueError: If the model cannot make that size; the nearest valid one is named.
+    """
+    config = pipeline.unet.config
+    step = pipeline.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1)
+    height, width = valid_size("SVD", HEIGHT if height is None else height, WIDTH if width is None else width, step)
+    num_frames = config.num_frames if num_frames is None else num_frames
+    # Guidance grows from the first frame to the last; with one frame diffusers takes it for off and fails.
+    return height, width, valid_frames("SVD", num_frames, 1, config.num_frames, shortest=2)
 
 
 @torch.no_grad()
@@ -124,11 +152,18 @@ SVD = Backbone(
     injection_sites=re.compile(
         r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+\.attn2\.to_out\.0"
     ),
-    published_prefix="unet.",
-    fps=FPS,
     pipeline_class="StableVideoDiffusionPipeline",
+    output_size=output_size,
+    fps=lambda pipeline: FPS,
+    guidance_scale=3.0,
+    guidance_option="max_guidance_scale",
     encode=encode,
     empty_prompt=empty_prompt,
     training_loss=training_loss,
     frozen_parts=("vae", "image_encoder", "feature_extractor"),
+    public_weights={
+        "stabilityai/stable-video-diffusion-img2vid": "Stability AI Community License",
+        "stabilityai/stable-video-diffusion-img2vid-xt": "Stability AI Community License",
+    },
+    published_prefix="unet.",
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from motionrag.backbones import Backbone, trainable_backbone
+from motionrag.backbones import Backbone, backbone_of_index
 from motionrag.encoder import MotionEncoder
 from motionrag.encoders.fingerprint import fingerprint
 from motionrag.video import sample_indices
@@ -135,7 +135,6 @@ class _PipelineEncoder:
         self.fingerprint = " ".join(prints)
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        assert self.backbone.encode is not None  # noqa: S101 - load_pipeline refuses others
         encoded = self.backbone.encode(self.pipeline, batch["video"], batch["caption"])
         if "described_caption" in batch and self.backbone.embed_prompts is not None:
             encoded["described_prompt_embeds"] = self.backbone.embed_prompts(self.pipeline, batch["described_caption"])
@@ -208,7 +207,7 @@ def load_pipeline(source: str, *, frozen: bool, dtype: torch.dtype = torch.float
 
     Args:
         source: Hub id or folder.
-        frozen: True for the parts that encode clips, False for the denoiser and what belongs to it.
+        frozen: True for the parts that encode clips, False for the denoiser (the first of two) and what belongs to it.
         dtype: Of the weights.
 
     Returns:
@@ -219,12 +218,12 @@ def load_pipeline(source: str, *, frozen: bool, dtype: torch.dtype = torch.float
     """
     import diffusers
 
-    name = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
-    pipeline_class = getattr(diffusers, name)
-    backbone = trainable_backbone(pipeline_class)
+    backbone = backbone_of_index(diffusers.DiffusionPipeline.load_config(source))
     left_out = (backbone.denoiser,) if frozen else backbone.frozen_parts
+    if backbone.second_denoiser is not None:
+        left_out = (*left_out, backbone.second_denoiser)
     options = dict.fromkeys(left_out)
-    return backbone, pipeline_class.from_pretrained(source, dtype=dtype, **options)
+    return backbone, getattr(diffusers, backbone.pipeline_class).from_pretrained(source, dtype=dtype, **options)
 
 
 def _identity(clips: Dataset) -> str:

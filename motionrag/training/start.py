@@ -6,18 +6,10 @@ from pathlib import Path
 import torch
 
 from motionrag.adapters import AttentionInjection
-from motionrag.backbones import trainable_backbone
-from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle
+from motionrag.backbones import backbone_of_index
+from motionrag.bundle import ENCODERS, BundleConfig, EncoderSource, MotionBundle
 from motionrag.models import CAMA, Resampler
 
-# The video encoder is the published one. Sentence encoders that run code of their own are never loaded, so the text
-# encoder is another.
-ENCODERS = {
-    "video": EncoderSource("MCG-NJU/videomae-base-finetuned-ssv2", "CC-BY-NC-4.0"),
-    "image": EncoderSource("facebook/dinov2-large", "Apache-2.0"),
-    "clip": EncoderSource("ViT-B-32", "MIT", pretrained="laion2b_s34b_b79k"),
-    "text": EncoderSource("sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0"),
-}
 NUM_TOKENS, TOKEN_DIM = 25, 1024
 
 
@@ -51,9 +43,7 @@ def new_bundle(
         raise FileExistsError(f"{folder} exists; an untrained bundle would replace what is in it.")
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
-    backbone = trainable_backbone(
-        getattr(diffusers, diffusers.DiffusionPipeline.load_config(base_model)["_class_name"])
-    )
+    backbone = backbone_of_index(diffusers.DiffusionPipeline.load_config(base_model))
     denoiser_class = getattr(diffusers, backbone.denoiser_class)
     denoiser_config = denoiser_class.load_config(base_model, subfolder=backbone.denoiser)
     with torch.device("meta"):  # gigabytes, of which the adapter needs the shapes

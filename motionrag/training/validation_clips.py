@@ -16,6 +16,9 @@ from torch.utils.data import default_collate
 from motionrag.sheet import SheetRow, contact_sheet
 from motionrag.training.encoded import EncodedClips
 
+# What stands in a batch for the prompt, under the names of the pipelines' arguments.
+_PROMPT_TENSORS = ("prompt_embeds", "prompt_attention_mask")
+
 
 class ValidationClips(lightning.Callback):
     """Generates the first clips of the validation set: without motion tokens and, from stage 1 on, with them.
@@ -49,10 +52,11 @@ class ValidationClips(lightning.Callback):
             stage: Not used.
 
         Raises:
-            ValueError: If motionrag cannot generate with the backbone.
+            ValueError: If the backbone takes no prompts, or one image at a time.
         """
-        if pl_module.backbone.output_size is None:
-            raise ValueError(f"motionrag cannot generate with {pl_module.backbone.name}; leave ValidationClips out.")
+        backbone = pl_module.backbone
+        if backbone.embed_prompts is None or not backbone.takes_batches:
+            raise ValueError(f"A {backbone.name} makes no videos from stored prompts here; leave ValidationClips out.")
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -79,10 +83,10 @@ class ValidationClips(lightning.Callback):
         pixels = (truth["video"] + 1) / 2
         videos = {"truth": _as_uint8(pixels)}
         with trainer.precision_plugin.forward_context():
-            videos["without motion tokens"] = self._generate(pl_module, batch, pixels[:, 0])
+            videos["without motion tokens"] = self._generate(pl_module, batch, pixels[:, 0], pixels.shape[1])
             if hasattr(pl_module, "injection"):
                 with pl_module.injection.condition(pl_module.motion_tokens(batch)):
-                    videos["with motion tokens"] = self._generate(pl_module, batch, pixels[:, 0])
+                    videos["with motion tokens"] = self._generate(pl_module, batch, pixels[:, 0], pixels.shape[1])
         if "tracks" in truth:
             from motionrag.evaluation.track_error import track_errors
 
@@ -97,7 +101,7 @@ class ValidationClips(lightning.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows).save(self.folder / f"step-{trainer.global_step:06d}.png")
 
-    def _generate(self, module: Any, batch: dict[str, Tensor], images: Tensor) -> Tensor:
+    def _generate(self, module: Any, batch: dict[str, Tensor], images: Tensor, num_frames: int) -> Tensor:
         """Videos `(b t h w 3)` uint8 that start at the images `(b c h w)` in [0, 1]."""
         backbone = module.backbone
         if self._pipeline is None:
@@ -106,15 +110,15 @@ class ValidationClips(lightning.Callback):
             self._pipeline.register_modules(**{backbone.denoiser: module.denoiser})
             self._pipeline.set_progress_bar_config(disable=True)
             self._pipeline.vae.to(module.device)
-        pipeline, num_latents = self._pipeline, batch["latents"].shape[1]
+        pipeline = self._pipeline
         frames = pipeline(
             image=images.to(module.device),
-            prompt_embeds=batch["prompt_embeds"],
+            **{name: batch[name] for name in _PROMPT_TENSORS if name in batch},
             guidance_scale=1.0,
             num_inference_steps=self.num_inference_steps,
             height=images.shape[-2],
             width=images.shape[-1],
-            num_frames=(num_latents - 1) * pipeline.vae_scale_factor_temporal + 1,
+            num_frames=num_frames,
             generator=torch.Generator().manual_seed(self.seed),
             output_type="pt",
             **(backbone.call_options(pipeline) if backbone.call_options else {}),

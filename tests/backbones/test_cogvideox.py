@@ -1,17 +1,15 @@
-"""Size and frame rules of the backbones, checked against what diffusers itself accepts."""
+"""Size and frame rules of CogVideoX, checked against what diffusers itself accepts."""
 
 import pytest
 import torch
-from torch import nn
 
-from motionrag.backbones import BACKBONES, backbone_of_denoiser, backbone_of_pipeline
-from tests.adapters.denoisers import DENOISERS, cogvideox, svd
+from motionrag.backbones import BACKBONES
 
 SPATIAL, TEMPORAL = 4, 4
 
 
 def pipeline(*, learned_positions=False, patch_size_t=None):
-    """CogVideoX image-to-video without text parts: 32 pixels (latents of 8), patches of 2, 9 frames of its own."""
+    """CogVideoX image-to-video without text parts: 32×48 pixels (latents of 8×12), patches of 2; 25 frames, or 9."""
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
@@ -31,7 +29,7 @@ def pipeline(*, learned_positions=False, patch_size_t=None):
         max_text_seq_length=6,
         sample_height=8,
         sample_width=12,
-        sample_frames=9,
+        sample_frames=9 if learned_positions else 25,
         patch_size_t=patch_size_t,
         use_rotary_positional_embeddings=True,
         use_learned_positional_embeddings=learned_positions,
@@ -89,10 +87,10 @@ def frames_of(pipe, height, width, num_frames):
     return np.asarray(video).shape[1:4]
 
 
-@pytest.mark.parametrize("kind", ["free", "learned"])
-def test_own_size_is_filled_in(kind, request):
+@pytest.mark.parametrize(("kind", "num_frames"), [("free", 25), ("learned", 9)])
+def test_own_size_is_filled_in(kind, num_frames, request):
     pipe = request.getfixturevalue(kind)
-    assert size(pipe, None, None, None) == (32, 48, 9)
+    assert size(pipe, None, None, None) == (32, 48, num_frames)
     assert size(pipe, 32, None, 1) == (32, 48, 1)
 
 
@@ -113,7 +111,7 @@ def test_another_size_is_refused_with_the_nearest_valid_one(free, wanted, neares
     assert size(free, *(int(number) for number in nearest.split("×")), None)
 
 
-@pytest.mark.parametrize(("wanted", "nearest"), [(0, 1), (2, 1), (8, 9), (10, 9), (13, 17), (-3, 1), (48, 49)])
+@pytest.mark.parametrize(("wanted", "nearest"), [(0, 1), (2, 1), (8, 9), (10, 9), (13, 17), (-3, 1), (23, 25)])
 def test_another_number_of_frames_is_refused_with_the_nearest_valid_one(free, wanted, nearest):
     with pytest.raises(ValueError, match=rf"cannot make {wanted} frames; the nearest valid number is {nearest}\."):
         size(free, None, None, wanted)
@@ -126,10 +124,10 @@ def test_learned_positions_know_a_single_size(learned, wanted):
         size(learned, *wanted, None)
 
 
-@pytest.mark.parametrize(("wanted", "nearest"), [(13, 9), (49, 9), (17, 9), (4, 1)])
-def test_learned_positions_know_a_longest_video(learned, wanted, nearest):
-    with pytest.raises(ValueError, match=rf"nearest valid number is {nearest}\."):
-        size(learned, None, None, wanted)
+@pytest.mark.parametrize(("kind", "longest", "wanted"), [("learned", 9, 17), ("learned", 9, 49), ("free", 25, 33)])
+def test_more_frames_than_it_was_trained_on_are_refused(kind, longest, wanted, request):
+    with pytest.raises(ValueError, match=rf"{wanted} frames, and was trained on {longest} at most; .* is {longest}\."):
+        size(request.getfixturevalue(kind), None, None, wanted)
 
 
 @torch.no_grad()
@@ -175,40 +173,3 @@ def test_patches_in_time():
     pipe = pipeline(patch_size_t=2)
     for num_frames in (1, 9, 17):
         assert frames_of(pipe, *size(pipe, None, None, num_frames)) == (num_frames, 32, 48)
-
-
-def test_families_are_found_by_class_also_by_a_subclass():
-    cog, unet = cogvideox().model, svd().model
-    assert backbone_of_denoiser(cog) is BACKBONES["cogvideox"]
-    assert backbone_of_denoiser(unet) is BACKBONES["svd"]
-    assert backbone_of_denoiser(torch.compile(cog, backend="eager")) is BACKBONES["cogvideox"]
-    assert backbone_of_denoiser(type("Mine", (type(cog),), {}).from_config(cog.config)) is BACKBONES["cogvideox"]
-
-
-def test_unknown_families_are_named():
-    with pytest.raises(ValueError, match=r"knows Linear; known are .*CogVideoXTransformer3DModel"):
-        backbone_of_denoiser(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"knows object; known are .*CogVideoXImageToVideoPipeline"):
-        backbone_of_pipeline(object)
-
-
-def test_the_pipeline_of_a_family_has_its_denoiser():
-    import diffusers
-
-    for backbone in BACKBONES.values():
-        assert hasattr(diffusers, backbone.denoiser_class)
-        if backbone.output_size is None:
-            continue
-        pipeline_class = getattr(diffusers, backbone.pipeline_class)
-        assert backbone_of_pipeline(pipeline_class) is backbone
-        assert backbone.output_size is not None
-        assert pipeline_class.__init__.__annotations__[backbone.denoiser].__name__ == backbone.denoiser_class
-
-
-def test_default_sites_are_attention_projections():
-    for name, make in DENOISERS.items():
-        if name in BACKBONES:
-            model = make().model
-            sites = BACKBONES[name].sites(model)
-            assert sites
-            assert all(isinstance(model.get_submodule(site), nn.Linear) for site in sites)

@@ -58,5 +58,5 @@ def test_sheets_and_track_errors_come_every_second_validation(config, tmp_path):
 
 
 def test_a_family_that_cannot_generate_is_refused_at_the_start(tmp_path):
-    with pytest.raises(ValueError, match="cannot generate with svd; leave ValidationClips out"):
+    with pytest.raises(ValueError, match="A svd makes no videos from stored prompts here; leave"):
         ValidationClips(str(tmp_path)).setup(None, SimpleNamespace(backbone=BACKBONES["svd"]), "fit")
