@@ -6,12 +6,15 @@
     cama.safetensors                    CAMA
     motion_injection.safetensors        attention adapters of the backbone
     unconditional_tokens.safetensors    motion tokens of a grey clip, for guidance
+    README.md                           model card
 
 Any subset of the parts may be there. Parts are read when they are first used. It holds no frozen weights: encoders
 and base model are named by hub id, or by a folder inside the bundle as in the embedded default.
 """
 
+import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +27,10 @@ from torch import Tensor, nn
 
 from motionrag.adapters import AttentionInjection
 from motionrag.encoders.fingerprint import fingerprint
+from motionrag.model_card import CARD, has_own_card, model_card
 from motionrag.models import CAMA, Resampler
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 POCKET = "pocket"
@@ -34,7 +40,7 @@ _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
 
 _HUB_ID = re.compile(r"(hf-hub:)?[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-_PARTS: dict[str, type[nn.Module]] = {
+PARTS: dict[str, type[nn.Module]] = {
     "motion_resampler": Resampler,
     "context_resampler": Resampler,
     "cama": CAMA,
@@ -55,6 +61,16 @@ class EncoderSource:
     source: str
     licence: str = ""
     pretrained: str | None = None
+
+
+# The video encoder and the image encoder are the published ones. Sentence encoders that run code of their own are
+# never loaded, so the text encoder is another.
+ENCODERS = {
+    "video": EncoderSource("MCG-NJU/videomae-base-finetuned-ssv2", "CC-BY-NC-4.0"),
+    "image": EncoderSource("facebook/dinov2-large", "Apache-2.0"),
+    "clip": EncoderSource("ViT-B-32", "MIT", pretrained="laion2b_s34b_b79k"),
+    "text": EncoderSource("sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,9 +129,9 @@ class BundleConfig:
             raise ValueError(f"{path}: missing fields: {missing or 'none'}; unknown fields: {unknown or 'none'}.")
         if content["format"] != FORMAT:
             raise ValueError(f"{path} has bundle format {content['format']}, this version of motionrag reads {FORMAT}.")
-        odd = sorted(content["parts"].keys() - _PARTS.keys())
+        odd = sorted(content["parts"].keys() - PARTS.keys())
         if odd:
-            raise ValueError(f"{path} names unknown parts {odd}; known are {sorted(_PARTS)}.")
+            raise ValueError(f"{path} names unknown parts {odd}; known are {sorted(PARTS)}.")
         try:
             content["encoders"] = {name: EncoderSource(**value) for name, value in content["encoders"].items()}
         except TypeError as error:
@@ -219,7 +235,7 @@ class MotionBundle:
         """Write the bundle, in the precision that its parts have now.
 
         Encoders and base model that lie inside this bundle's folder are copied along; those named by a hub id stay
-        where they are.
+        where they are. A model card is written too, unless the folder has one of its own.
 
         Args:
             folder: Made if it does not exist; parts of another bundle in it are replaced. Everything is written aside
@@ -238,16 +254,28 @@ class MotionBundle:
         if self._unconditional_tokens is not None or self._file("unconditional_tokens") is not None:
             tensors["unconditional_tokens"] = {"motion_tokens": self.unconditional_tokens}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-            for name, state in tensors.items():
-                save_file({key: value.contiguous() for key, value in state.items()}, Path(aside, f"{name}.safetensors"))
             self.config.write(Path(aside, "config.json"))
-            for name in (*_PARTS, "unconditional_tokens"):
+            for name, state in tensors.items():
+                file = Path(aside, f"{name}.safetensors")
+                save_file({key: value.contiguous() for key, value in state.items()}, file)
+                shutil.copymode(Path(aside, "config.json"), file)  # safetensors lets the owner alone read them
+            Path(aside, CARD).write_text(self._model_card(), encoding="utf-8")
+            for name in (*PARTS, "unconditional_tokens"):
                 if name in tensors:
                     os.replace(Path(aside, f"{name}.safetensors"), folder / f"{name}.safetensors")
                 else:
                     (folder / f"{name}.safetensors").unlink(missing_ok=True)
             self._copy_embedded(folder)
+            if not has_own_card(folder):
+                os.replace(Path(aside, CARD), folder / CARD)
             os.replace(Path(aside, "config.json"), folder / "config.json")
+
+    def _model_card(self) -> str:
+        base_model = self.config.base_model
+        is_folder = self._inside(base_model) is not None or Path(base_model).is_dir()
+        on_hub = base_model if _HUB_ID.fullmatch(base_model) and not is_folder else None
+        parts = {name: self._part(name) for name in self.config.parts}
+        return model_card(self.config, parts, hub_base_model=on_hub)
 
     def _copy_embedded(self, folder: Path) -> None:
         for source in (self.config.base_model, *(entry.source for entry in self.config.encoders.values())):
@@ -256,7 +284,7 @@ class MotionBundle:
                 shutil.copytree(inside, folder / source, dirs_exist_ok=True)
 
     def push_to_hub(self, repo_id: str, **hub_options: Any) -> str:
-        """Upload the bundle.
+        """Upload the bundle with a model card, which never replaces one on the hub that somebody wrote by hand.
 
         Args:
             repo_id: Repository on the hub; made if it does not exist.
@@ -272,7 +300,13 @@ class MotionBundle:
         api = HfApi(**hub_options)
         api.create_repo(repo_id, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
+            if self.folder is not None and has_own_card(self.folder):
+                shutil.copy(self.folder / CARD, folder)
             self.save_pretrained(folder)
+            if not has_own_card(Path(folder)) and api.file_exists(repo_id, CARD):
+                on_hub = Path(api.hf_hub_download(repo_id, CARD)).parent
+                if has_own_card(on_hub):
+                    Path(folder, CARD).unlink()
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
     def info(self) -> dict[str, Any]:
@@ -317,7 +351,17 @@ class MotionBundle:
 
     @property
     def unconditional_tokens(self) -> Tensor:
-        """Motion tokens of a grey clip (0 in [-1, 1]), `(l d)` float32: "no motion given", in guidance."""
+        """Motion tokens of a grey clip (0 in [-1, 1]), `(l d)` float32: "no motion given", in guidance.
+
+        A converted bundle may lack them; they are then computed once, if its video encoder is on this machine.
+        """
+        if self._unconditional_tokens is None and self._file("unconditional_tokens") is None:
+            try:
+                self._unconditional_tokens = self.compute_unconditional_tokens()
+            except FileNotFoundError as error:
+                raise ValueError(
+                    f"The bundle {self.folder or 'in memory'} lacks unconditional_tokens.safetensors. {error}"
+                ) from error
         if self._unconditional_tokens is None:
             state = self._read("unconditional_tokens")
             tokens = state.get("motion_tokens")
@@ -328,6 +372,32 @@ class MotionBundle:
                 )
             self._unconditional_tokens = tokens.float()
         return self._unconditional_tokens
+
+    @torch.no_grad()
+    def compute_unconditional_tokens(self) -> Tensor:
+        """Run a grey clip through the video encoder and the motion resampler. Nothing is downloaded.
+
+        Returns:
+            `(l d)` float32, on the CPU.
+
+        Raises:
+            FileNotFoundError: If the bundle has no motion resampler, or its video encoder is not on this machine.
+        """
+        from motionrag.encoders import VideoMAEEncoder
+
+        if "motion_resampler" not in self.config.parts or "video" not in self.config.encoders:
+            raise FileNotFoundError("They need a motion resampler and a video encoder, and it does not name both.")
+        source = self.config.encoders["video"].source
+        try:
+            encoder = VideoMAEEncoder.from_pretrained(self.path_or_id(source), local_files_only=True)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"They follow from the video encoder {source}, which is not on this machine: hf download {source}"
+            ) from error
+        logger.info("Computing the motion tokens of a grey clip with %s", source)
+        # A copy: the bundle's own may be in another precision, or on an accelerator.
+        resampler = copy.deepcopy(self.motion_resampler).to(device="cpu", dtype=torch.float32)
+        return resampler(encoder.grey_features())[0]
 
     def part_fingerprint(self, name: str) -> str:
         """Hash of a part: its arguments and its weights as they were read or given.
@@ -378,7 +448,7 @@ class MotionBundle:
             if name not in self.config.parts:
                 raise ValueError(f"This bundle has no {name}; it has {', '.join(self.config.parts) or 'nothing'}.")
             try:
-                module = _PARTS[name](**self.config.parts[name])
+                module = PARTS[name](**self.config.parts[name])
             except TypeError as error:
                 raise ValueError(f"{self.folder}/config.json describes {name} wrongly: {error}") from error
             load_strictly(module, self._read(name), f"{self.folder}/{name}.safetensors")
@@ -417,6 +487,21 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], origin: str) -> N
     Raises:
         ValueError: If keys or shapes differ, all of them listed, or a tensor holds NaN or infinity.
     """
+    check_tensors(module, state, origin)
+    module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
+
+
+def check_tensors(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Refuse tensors that are not exactly those of a module.
+
+    Args:
+        module: What they are meant for, also on the meta device; not changed.
+        state: Tensors by key, any floating dtype.
+        origin: Named in errors.
+
+    Raises:
+        ValueError: If keys or shapes differ, all of them listed, or a tensor holds NaN or infinity.
+    """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if expected != found:
@@ -433,4 +518,3 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], origin: str) -> N
     damaged = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if damaged:
         raise ValueError(f"{origin} holds NaN or infinity in {', '.join(damaged)}; fetch or convert it again.")
-    module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)

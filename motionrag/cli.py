@@ -40,15 +40,24 @@ class Offload(str, Enum):
 
     none = "none"
     model = "model"
+    group = "group"
     sequential = "sequential"
 
 
 class Precision(str, Enum):
-    """Working precision of the backbone."""
+    """Working precision of the backbone, in torch's words or short."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    @property
+    def torch_name(self) -> str:
+        """The name of the dtype in torch."""
+        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(self.value, self.value)
 
 
 @app.command(epilog="Example: motionrag index clips/ --captions clips/clips.csv --out db/sports")
@@ -178,13 +187,15 @@ def generate(
 
     _hide_loading_bars()
     pipe = MotionRAGPipeline.from_pretrained(
-        backbone, bundle=bundle, database=database, dtype=getattr(torch, dtype.value)
+        backbone, bundle=bundle, database=database, dtype=getattr(torch, dtype.torch_name)
     )
     pipe.encoder.to(device)
     if offload is Offload.model:
         pipe.enable_model_cpu_offload(device=device)
+    elif offload is Offload.group:
+        pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
     elif offload is Offload.sequential:
-        pipe.pipeline.enable_sequential_cpu_offload(device=device)
+        pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
     output = pipe(
@@ -338,6 +349,43 @@ def new_bundle(
     print(f"{out} is ready to be trained: motionrag train --config configs/…, see docs/training.md")
 
 
+@app.command(
+    epilog="Example: motionrag convert motion_proj.ckpt motion_transformer.ckpt Motion-Adapter.ckpt "
+    "--backbone cogvideox --base-model THUDM/CogVideoX-5b-I2V --sos-token zeros --out bundles/cogvideox"
+)
+def convert(
+    files: Annotated[list[Path], typer.Argument(help="Published checkpoints; what they hold is recognised.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bundle; must not exist.")],
+    backbone: Annotated[str, typer.Option(help="Family that the files were made for: cogvideox or svd.")],
+    base_model: Annotated[str, typer.Option(help="Diffusers pipeline of that family: hub id or folder.")],
+    sos_token: Annotated[
+        str | None, typer.Option(help="'zeros' or a file with it, for a motion_transformer.ckpt that has none.")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="Of the published files, such as MIT; written into the bundle.")] = "",
+    head_dim: Annotated[
+        int, typer.Option(min=1, help="Channels of an attention head; 64 in all published files.")
+    ] = 64,
+    as_json: AsJSON = False,
+) -> None:
+    """Make a bundle of published MotionRAG weights, or of a subset of them. Nothing is downloaded."""
+    from motionrag.conversion import convert_files
+
+    report = convert_files(
+        files,
+        out,
+        backbone=backbone,
+        base_model=base_model,
+        sos_token=sos_token,
+        licence=licence,
+        head_dim=head_dim,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    print(report)
+    print(f"{out} is written: motionrag info {out}")
+
+
 @pocket_app.command(epilog="Example: motionrag pocket render --domain blick --count 100 clips/")
 def render(
     out: Annotated[Path, typer.Argument(help="Folder for the videos and captions.csv.")],
@@ -399,7 +447,7 @@ def evaluate_pocket(
     from motionrag.pipeline import MotionRAGPipeline
 
     _hide_loading_bars()
-    pipe = MotionRAGPipeline.from_pretrained(backbone, dtype=getattr(torch, dtype.value))
+    pipe = MotionRAGPipeline.from_pretrained(backbone, dtype=getattr(torch, dtype.torch_name))
     given = {"domains": domains, "queries": queries, "seeds": seeds}
     sizes = replace(QUICK if quick else Sizes(), **{name: value for name, value in given.items() if value is not None})
     options = {} if column is None else {"columns": column}

@@ -2,11 +2,12 @@
 
 Published state dicts go in, ours come out, to be loaded strictly. Every function takes keys with or without the
 prefixes of the published files, names what it does not know, and never guesses a missing tensor. How the published
-code and this one differ is listed in `docs/parity.md`.
+code and this one differ is listed in `docs/parity.md`; `conversion.py` makes a whole bundle of published files.
 """
 
 import logging
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ _RESAMPLER_PREFIXES = (
     "vision_proj.",
     "condition_proj.",
 )
-_ADAPTER_KEY = re.compile(r"(?P<attention>(?:.+\.)?)processor\.(?P<projection>to_[qkv])_ip\.0\.weight")
+ADAPTER_KEY = re.compile(r"(?P<attention>(?:.+\.)?)processor\.(?P<projection>to_[qkv])_ip\.0\.weight")
 
 
 def load_published(path: str | Path) -> StateDict:
     """Read a published checkpoint without running any code from it.
+
+    Tensors are mapped, not read: they take memory when they are used, and the file must not change meanwhile.
 
     Args:
         path: A `.ckpt`, `.pt`, `.pth` or `.bin` file (read with `weights_only=True`) or a `.safetensors` file.
@@ -64,7 +67,7 @@ def load_published(path: str | Path) -> StateDict:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch and safetensors raise many kinds, among them pickle's own
         raise ValueError(
             f"{path} cannot be read as tensors alone: it is damaged, or it is a pickle that would run code ({error})."
@@ -181,16 +184,16 @@ def injection(state: Mapping[str, Tensor], backbone: str) -> StateDict:
         State dict of `motionrag.adapters.AttentionInjection`.
 
     Raises:
-        ValueError: If the backbone or a key is unknown, or a site lacks one of its three projections.
+        ValueError: If the backbone or a key is unknown, nothing was published for that backbone, or a site lacks one
+            of its three projections.
     """
-    if backbone not in BACKBONES:
-        raise ValueError(f"Unknown backbone {backbone!r}; known are {', '.join(BACKBONES)}.")
-    prefix = BACKBONES[backbone].published_prefix
-    other_prefixes = tuple({each.published_prefix for each in BACKBONES.values()} - {prefix})
+    prefix = published_prefix(backbone)
+    published = {each.published_prefix for each in BACKBONES.values() if each.published_prefix is not None}
+    other_prefixes = tuple(published - {prefix})
     converted: StateDict = {}
     known_parts, unknown = [], []
     for key, value in state.items():
-        match = _ADAPTER_KEY.fullmatch(key.removeprefix(prefix))
+        match = ADAPTER_KEY.fullmatch(key.removeprefix(prefix))
         if match and not key.startswith(other_prefixes):
             site = f"{match['attention']}to_out.0".replace(".", "/")
             converted[f"sites.{site}.{match['projection']}.weight"] = value
@@ -210,6 +213,30 @@ def injection(state: Mapping[str, Tensor], backbone: str) -> StateDict:
     ]
     _refuse("attention adapter", unknown=unknown, missing=missing if sites else ["processor.to_q_ip.0.weight, …"])
     return converted
+
+
+def published_prefix(backbone: str) -> str:
+    """What the denoiser's keys begin with in the published files of a backbone.
+
+    Args:
+        backbone: "cogvideox" or "svd".
+
+    Returns:
+        The prefix, with its dot.
+
+    Raises:
+        ValueError: If there is no such backbone, or nothing was published for it.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"Unknown backbone {backbone!r}; known are {', '.join(BACKBONES)}.")
+    prefix = BACKBONES[backbone].published_prefix
+    if prefix is None:
+        available = ", ".join(name for name, each in BACKBONES.items() if each.published_prefix is not None)
+        raise ValueError(
+            f"No MotionRAG weights were published for {backbone}, so there is nothing to convert; "
+            f"there are some for {available}."
+        )
+    return prefix
 
 
 def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[StateDict, StateDict]:

@@ -86,7 +86,12 @@ def test_save_and_load_give_the_same_bits(folder):
 
 def test_only_json_and_safetensors_are_written(folder):
     expected = [f"{name}.safetensors" for name in (*PARTS, "unconditional_tokens")]
-    assert names(folder) == sorted(["config.json", *expected])
+    assert names(folder) == sorted(["README.md", "config.json", *expected])
+
+
+def test_files_can_be_read_by_whoever_can_read_the_folder(folder):
+    """safetensors alone would keep them to their owner."""
+    assert len({(folder / file).stat().st_mode for file in names(folder)}) == 1
 
 
 def test_saving_what_was_loaded_lazily(folder, tmp_path):
@@ -117,7 +122,7 @@ def test_a_partial_bundle(tmp_path, kept):
 def test_a_smaller_bundle_leaves_nothing_of_the_larger_one_it_replaces(folder):
     """Old unconditional tokens would be read with the new parts, and nobody would notice."""
     make("cama", seed=5, unconditional=False).save_pretrained(folder)
-    assert names(folder) == ["cama.safetensors", "config.json"]
+    assert names(folder) == ["README.md", "cama.safetensors", "config.json"]
 
 
 def test_parts_are_read_when_they_are_needed(folder):

@@ -2,12 +2,14 @@
 
 import logging
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from motionrag import convert
+from motionrag.backbones import BACKBONES
 from motionrag.models import CAMA, Resampler
 
 RESAMPLER = {"input_dim": 6, "dim": 8, "output_dim": 10, "num_queries": 3, "depth": 2, "num_heads": 2, "head_dim": 4}
@@ -300,3 +302,23 @@ def test_a_file_without_an_adapter_is_refused():
 def test_an_unknown_backbone_is_named():
     with pytest.raises(ValueError, match="Unknown backbone 'sora'; known are cogvideox, svd"):
         convert.injection(published_adapter(""), "sora")
+
+
+def test_a_backbone_that_nothing_was_published_for_is_named(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "other", replace(BACKBONES["cogvideox"], name="other", published_prefix=None))
+    with pytest.raises(ValueError, match=r"No MotionRAG weights were published for other, .*there are some for cogvid"):
+        convert.injection(published_adapter("transformer."), "other")
+    # Its missing prefix must not be taken for one that every key has.
+    assert len(convert.injection(published_adapter("transformer."), "cogvideox")) == 3
+
+
+def test_tensors_of_a_file_are_mapped_and_not_read(tmp_path):
+    """Changing the file changes the tensors: they are the file."""
+    torch.save({"latents": torch.full((1, 2, 3), 7.0)}, tmp_path / "a.ckpt")
+    latents = convert.load_published(tmp_path / "a.ckpt")["latents"]
+    content = bytearray((tmp_path / "a.ckpt").read_bytes())
+    start = content.index(torch.full((6,), 7.0).numpy().tobytes())
+    with open(tmp_path / "a.ckpt", "r+b") as file:
+        file.seek(start)
+        file.write(torch.full((6,), 9.0).numpy().tobytes())
+    assert torch.equal(latents, torch.full((1, 2, 3), 9.0))
