@@ -57,8 +57,9 @@ class Sizes:
         domains: In each column.
         queries: For each domain.
         seeds: Noises for each query.
-        side_queries: Queries of the side conditions (other k, other retrieval, wrong references), which run on the
-            seen column with one seed.
+        side_queries: Queries of the side conditions (other k, other retrieval, wrong references), spread over the
+            domains of the seen column.
+        side_seeds: Noises for each of these.
         swap_pairs: Pairs of dynamics in the zero-shot swap.
         judge_clips: True clips of each family that train the judge of families; a quarter as many test it.
         batch_size: Videos in one call.
@@ -67,13 +68,14 @@ class Sizes:
     domains: int = 36
     queries: int = 2
     seeds: int = 3
-    side_queries: int = 36
+    side_queries: int = 72
+    side_seeds: int = 3
     swap_pairs: int = 16
     judge_clips: int = 60
     batch_size: int = 16
 
 
-QUICK = Sizes(domains=9, queries=1, seeds=1, side_queries=9, swap_pairs=4, judge_clips=12)
+QUICK = Sizes(domains=9, queries=1, seeds=1, side_queries=9, side_seeds=1, swap_pairs=4, judge_clips=12)
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,10 @@ class _Run:
                 for seed in range(self.sizes.seeds):
                     self._measure(material, condition, everything, seed)
             if name == "seen":
-                chosen = list(everything)[:: self.sizes.queries][: self.sizes.side_queries]
+                chosen = everything[:: max(1, len(everything) // self.sizes.side_queries)][: self.sizes.side_queries]
                 for condition in SIDE:
-                    self._measure(material, condition, chosen, 0)
+                    for seed in range(self.sizes.side_seeds):
+                        self._measure(material, condition, chosen, seed)
         self._measure_swap()
         return write_report(
             self.out,
@@ -449,7 +452,7 @@ def _weights(pipe: MotionRAGPipeline) -> str:
     for kind in ("motion_tokens", "context_tokens", "text", "image"):
         parts[kind] = pipe.encoder.fingerprint(kind)
     parts["vae"] = fingerprint("vae", {}, pipe.pipeline.vae)
-    denoiser = getattr(pipe.pipeline, pipe.backbone.denoiser)
+    [denoiser] = pipe.backbone.denoisers(pipe.pipeline)
     return fingerprint("denoiser", parts, denoiser)
 
 

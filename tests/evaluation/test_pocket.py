@@ -13,7 +13,7 @@ from motionrag.evaluation.pocket import Condition
 from motionrag.output import MotionRAGOutput
 from motionrag.pocket.world import NUM_FRAMES
 
-SMALL = Sizes(domains=2, queries=2, seeds=2, side_queries=2, swap_pairs=1, judge_clips=1, batch_size=3)
+SMALL = Sizes(domains=2, queries=2, seeds=2, side_queries=2, side_seeds=1, swap_pairs=1, judge_clips=1, batch_size=3)
 
 
 @pytest.fixture(scope="module")
