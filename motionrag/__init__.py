@@ -15,15 +15,25 @@ _HOME = {
     "MotionEncoder": "motionrag.encoder",
     "MotionRAGPipeline": "motionrag.pipeline",
     "Reference": "motionrag.database",
+    "RegionTrajectory": "motionrag.trajectory",
 }
 
-__all__ = ["Clip", "MotionBundle", "MotionDatabase", "MotionEncoder", "MotionRAGPipeline", "Reference"]
+__all__ = [
+    "Clip",
+    "MotionBundle",
+    "MotionDatabase",
+    "MotionEncoder",
+    "MotionRAGPipeline",
+    "Reference",
+    "RegionTrajectory",
+]
 
 if TYPE_CHECKING:
     from motionrag.bundle import MotionBundle
     from motionrag.database import MotionDatabase, Reference
     from motionrag.encoder import MotionEncoder
     from motionrag.pipeline import MotionRAGPipeline
+    from motionrag.trajectory import RegionTrajectory
     from motionrag.video import Clip
 
 
