@@ -405,6 +405,19 @@ def render(
     print(f"{count} clips. Index them: motionrag index {out} --captions {captions} --out db/{domain}")
 
 
+@pocket_app.command("mc-bench", epilog="Example: motionrag pocket mc-bench outputs/pocket-bench --items 12")
+def pocket_mc_bench(
+    out: Annotated[Path, typer.Argument(help="Folder; gets bench/ and videos/.")],
+    items: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
+) -> None:
+    """Write scenes with their true ways as an MC-Bench folder, and the true videos, to try the evaluation on."""
+    from motionrag.evaluation.mc_bench_pocket import write_pocket_bench
+
+    bench, videos = write_pocket_bench(out, items=items, seed=seed)
+    print(f"{items} items. Measure their true videos: motionrag evaluate mc-bench {bench} {videos} --out {out}/figures")
+
+
 @pocket_app.command("train", epilog="Example: motionrag pocket train")
 def pocket_train(
     only: Annotated[list[str] | None, typer.Option(help="A step to run, again if it is done; repeatable.")] = None,
@@ -457,6 +470,48 @@ def evaluate_pocket(
         return
     print(report.table)
     print(f"Per-clip figures, summary and table: {report.folder}")
+
+
+@evaluate_app.command(
+    "mc-bench", epilog="Example: motionrag evaluate mc-bench MC-Bench/ videos/ --out outputs/mc-bench"
+)
+def evaluate_mc_bench(
+    root: Annotated[Path, typer.Argument(help="The benchmark: CATEGORY/ITEM/meta_data.json and its images.")],
+    videos: Annotated[Path, typer.Argument(help="CATEGORY/ITEM.mp4, or one video in CATEGORY/ITEM/.")],
+    out: Annotated[Path, typer.Option("--out", help="Where figures are written; a stopped run continues.")],
+    tracker: Annotated[str, typer.Option(help="optical-flow, or cotracker where it is installed.")] = "optical-flow",
+    tracker_weights: Annotated[Path | None, typer.Option(help="CoTracker's checkpoint.")] = None,
+    frames: Annotated[int, typer.Option(min=1, max=15, help="Frames compared with frame 0.")] = 15,
+    panels: Annotated[bool, typer.Option("--panels", help="Five pictures side by side; the last one counts.")] = False,
+    image_encoder: Annotated[
+        str | None, typer.Option(help="'pocket' or a bundle, for frame consistency and MD-Img. Default: without them.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where a learned tracker and the image encoder run.")] = "cpu",
+    as_json: AsJSON = False,
+) -> None:
+    """Measure how far generated videos stray from the drawn ways of MC-Bench."""
+    from motionrag.encoder import MotionEncoder
+    from motionrag.evaluation.mc_bench import PUBLISHED_PANELS, ImageFeatures, evaluate_mc_bench
+    from motionrag.tracking import load_tracker
+
+    _hide_loading_bars()
+    features = None
+    if image_encoder is not None:
+        features = ImageFeatures.of_encoder(MotionEncoder.from_pretrained(image_encoder, device=device))
+    report = evaluate_mc_bench(
+        root,
+        videos,
+        out=out,
+        tracker=load_tracker(tracker, weights=tracker_weights, device=device),
+        features=features,
+        frames=frames,
+        panels=PUBLISHED_PANELS if panels else 1,
+    )
+    if as_json:
+        _print_json(report.summary)
+        return
+    print(report.table)
+    print(f"Per-item figures, summary and table: {report.folder}")
 
 
 def main() -> None:

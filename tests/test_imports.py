@@ -36,6 +36,8 @@ LAYERS = {
     "conversion": 2,
     "model_card": 2,
     "pipeline": 3,
+    "control": 3,
+    "suggestion": 3,
     "output": 3,
     "tracking": 3,
     "training": 4,
@@ -47,7 +49,18 @@ LAYERS = {
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What an extra brings; none of it may be needed to import anything.
-OPTIONAL = ("faiss", "pytorch_lightning", "lightning", "ray", "gradio", "torchcodec", "peft", "decord", "jsonargparse")
+OPTIONAL = (
+    "cv2",
+    "faiss",
+    "pytorch_lightning",
+    "lightning",
+    "ray",
+    "gradio",
+    "torchcodec",
+    "peft",
+    "decord",
+    "jsonargparse",
+)
 
 
 def dotted(path):

@@ -185,7 +185,9 @@ def _markdown(summary: Mapping[str, Any]) -> str:
         lines += ["", *_family_table(conditions)]
     for column, conditions in summary["side"].items():
         first = next(iter(conditions.values()))
-        title = f"Side conditions on the column {column}: {first['queries']} queries, {first['clips']} clips in each row"
+        title = (
+            f"Side conditions on the column {column}: {first['queries']} queries, {first['clips']} clips in each row"
+        )
         lines += ["", f"## {title}", "", *_table(conditions)]
     if summary["swap"]:
         swap = summary["swap"]
