@@ -5,6 +5,7 @@
     context_resampler.safetensors       image features → context tokens
     cama.safetensors                    CAMA
     motion_injection.safetensors        attention adapters of the backbone
+    feature_modulation.safetensors      trajectory adapter of the backbone (MotionPro)
     unconditional_tokens.safetensors    motion tokens of a grey clip, for guidance
     README.md                           model card
 
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motionrag.adapters import AttentionInjection
+from motionrag.adapters import AttentionInjection, FeatureModulation
 from motionrag.encoders.fingerprint import fingerprint
 from motionrag.model_card import CARD, has_own_card, model_card
 from motionrag.models import CAMA, Resampler
@@ -45,6 +46,7 @@ PARTS: dict[str, type[nn.Module]] = {
     "context_resampler": Resampler,
     "cama": CAMA,
     "motion_injection": AttentionInjection,
+    "feature_modulation": FeatureModulation,
 }
 
 
@@ -88,6 +90,7 @@ class BundleConfig:
         min_similarity: Below this score nothing is injected (abstention), unless a call says otherwise.
         guidance_scale: Classifier-free guidance of a call that names none; None takes the backbone's.
         num_inference_steps: Denoising steps of a call that names none; None takes 50.
+        denoiser: Folder in the bundle with a denoiser that the parts were trained with, in place of the base model's.
         format: Version of this layout.
     """
 
@@ -101,6 +104,7 @@ class BundleConfig:
     min_similarity: float | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
+    denoiser: str | None = None
     format: int = FORMAT
 
     @classmethod
@@ -185,7 +189,7 @@ class MotionBundle:
         config: What the parts are.
         folder: Where parts that are not given are read from.
         unconditional_tokens: `(l d)`, motion tokens of a grey clip (0 in [-1, 1]).
-        **parts: "motion_resampler", "context_resampler", "cama", "motion_injection" as modules.
+        **parts: "motion_resampler", "context_resampler", "cama", "motion_injection", "feature_modulation" as modules.
     """
 
     def __init__(
@@ -278,7 +282,8 @@ class MotionBundle:
         return model_card(self.config, parts, hub_base_model=on_hub)
 
     def _copy_embedded(self, folder: Path) -> None:
-        for source in (self.config.base_model, *(entry.source for entry in self.config.encoders.values())):
+        sources = [self.config.base_model, *(entry.source for entry in self.config.encoders.values())]
+        for source in sources if self.config.denoiser is None else [*sources, self.config.denoiser]:
             inside = self._inside(source)
             if inside is not None and inside != (folder / source).resolve():
                 shutil.copytree(inside, folder / source, dirs_exist_ok=True)
@@ -348,6 +353,11 @@ class MotionBundle:
     def motion_injection(self) -> AttentionInjection:
         """Attention adapters, not attached."""
         return self._part("motion_injection")  # type: ignore[return-value]
+
+    @property
+    def feature_modulation(self) -> FeatureModulation:
+        """Trajectory adapter, not attached."""
+        return self._part("feature_modulation")  # type: ignore[return-value]
 
     @property
     def unconditional_tokens(self) -> Tensor:

@@ -127,7 +127,7 @@ class Attachment:
         if not hasattr(model, "cache_context"):  # a UNet; it runs both passes as one batch
             return
         if "cache_context" not in model.__dict__:
-            model.__dict__["cache_context"] = _PassAnnouncer(model.cache_context)
+            model.__dict__["cache_context"] = _PassAnnouncer(cast(Any, model).cache_context)
         model.__dict__["cache_context"].followers.append(self)
 
     def _follow_passes_no_more(self, model: nn.Module) -> None:

@@ -54,7 +54,7 @@ def output_size(pipeline: Any, height: int | None, width: int | None, num_frames
 
 
 def call_options(pipeline: Any) -> dict[str, Any]:
-    """Arguments of every call: diffusers' own defaults are 25 frames per second, and a decoder that is told of no noise.
+    """Arguments of every call: diffusers' own defaults are 25 frames per second, and a decoder told of no noise.
 
     Decoders from 0.9.1 on were trained to finish the denoising, and are given what diffusers' guide recommends.
 
@@ -64,7 +64,7 @@ def call_options(pipeline: Any) -> dict[str, Any]:
     Returns:
         Keyword arguments.
     """
-    options = {"frame_rate": FPS, "max_sequence_length": _prompt_length(pipeline)}
+    options: dict[str, Any] = {"frame_rate": FPS, "max_sequence_length": _prompt_length(pipeline)}
     if pipeline.vae.config.timestep_conditioning:
         options |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
     return options

@@ -2,5 +2,6 @@
 
 from motionrag.models.cama import CAMA, cama_loss
 from motionrag.models.resampler import Resampler
+from motionrag.models.trajectory_encoder import TrajectoryEncoder
 
-__all__ = ["CAMA", "Resampler", "cama_loss"]
+__all__ = ["CAMA", "Resampler", "TrajectoryEncoder", "cama_loss"]
