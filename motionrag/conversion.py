@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from motionrag import convert
-from motionrag.adapters import AttentionInjection
+from motionrag.adapters import AttentionInjection, FeatureModulation
 from motionrag.backbones import BACKBONES, Backbone
 from motionrag.bundle import ENCODERS, PARTS, BundleConfig, EncoderSource, MotionBundle, check_tensors
 from motionrag.convert import StateDict
+from motionrag.convert_motionpro import is_motionpro
 
 HEAD_DIM = 64
 
@@ -124,7 +125,7 @@ def convert_files(
         files: Checkpoints, in any order; what they hold is recognised by their keys. A resampler on its own is taken
             for the motion resampler, as published.
         folder: Of the bundle; must not exist. It appears when all is done, or not at all.
-        backbone: "cogvideox" or "svd".
+        backbone: "cogvideox" or "svd"; MotionPro's file belongs to the latter.
         base_model: Diffusers pipeline that the injection belongs to: hub id or folder.
         sos_token: "zeros", or a file with a tensor `sos_token`, for a condition transformer that has none of its own.
         licence: Of the parts.
@@ -146,8 +147,16 @@ def convert_files(
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
     report = ConversionReport(str(folder))
-    states = _read_parts([Path(file) for file in files], backbone, sos_token, report)
+    contents = {Path(file): convert.load_published(file) for file in files}
+    controls = {file: state for file, state in contents.items() if is_motionpro(state)}
+    others = {file: state for file, state in contents.items() if file not in controls}
+    states = _read_parts(others, backbone, sos_token, report)
     sizes = {name: _sizes(name, state, head_dim) for name, state in states.items()}
+    denoiser = None
+    if controls:
+        denoiser = _read_control(controls, BACKBONES[backbone], base_model, states, sizes, report)
+    if not states:
+        raise ValueError("There is no file to convert; name at least one.")
     if "motion_injection" in sizes:
         _read_heads(sizes["motion_injection"], BACKBONES[backbone], base_model, report)
     _check_agreement(sizes)
@@ -158,21 +167,27 @@ def convert_files(
         parts={name: sizes[name] for name in PARTS if name in sizes},
         licence=licence,
         base_model_licence=BACKBONES[backbone].public_weights.get(base_model, ""),
+        # Of the published samplings: 1 at the first frame, 2.5 at the last, and 25 steps.
+        guidance_scale=None if denoiser is None else 2.5,
+        num_inference_steps=None if denoiser is None else 25,
+        denoiser=None if denoiser is None else BACKBONES[backbone].denoiser,
     )
     MotionBundle(config).path_or_id(base_model)
     bundle = _bundle(config, states, report)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         bundle.save_pretrained(Path(aside, "bundle"))
+        if denoiser is not None:
+            denoiser.save_pretrained(Path(aside, "bundle", BACKBONES[backbone].denoiser))  # type: ignore[operator]
         os.rename(Path(aside, "bundle"), folder)
     return report
 
 
 def _read_parts(
-    files: Sequence[Path], backbone: str, sos_token: str | Path | None, report: ConversionReport
+    files: Mapping[Path, StateDict], backbone: str, sos_token: str | Path | None, report: ConversionReport
 ) -> dict[str, StateDict]:
-    """Tensors of the parts in all files, under this package's names."""
-    contents = {file: _groups(file, convert.published_prefix(backbone)) for file in files}
+    """Tensors of MotionRAG's parts in all files, under this package's names."""
+    contents = {file: _groups(file, state, convert.published_prefix(backbone)) for file, state in files.items()}
     _leave_out(contents, report)
     states: dict[str, StateDict] = {}
     origins: dict[str, Path] = {}
@@ -185,18 +200,64 @@ def _read_parts(
             if name in states:
                 raise ValueError(f"{origins[name]} and {file} both hold the {_words(name)}; leave one of them out.")
             states[name], origins[name] = state, file
-            dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
-            count = sum(value.numel() for value in state.values())
-            report.parts.append(ConvertedPart(name, str(file), len(state), count, ", ".join(dtypes)))
-    if not states:
-        raise ValueError("There is no file to convert; name at least one.")
+            report.parts.append(_converted_part(name, file, state))
     return states
 
 
-def _groups(file: Path, prefix: str) -> dict[str, StateDict]:
+def _converted_part(name: str, file: Path, state: StateDict) -> ConvertedPart:
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    count = sum(value.numel() for value in state.values())
+    return ConvertedPart(name, str(file), len(state), count, ", ".join(dtypes))
+
+
+def _read_control(
+    files: Mapping[Path, StateDict],
+    backbone: Backbone,
+    base_model: str,
+    states: dict[str, StateDict],
+    sizes: dict[str, dict[str, Any]],
+    report: ConversionReport,
+) -> nn.Module:
+    """MotionPro's trajectory networks as a part, and its UNet, which was trained with them, as a denoiser."""
+    if len(files) > 1:
+        raise ValueError(f"{' and '.join(map(str, files))} both hold MotionPro's networks; leave one of them out.")
+    [(file, state)] = files.items()
+    if backbone.name != "svd":
+        raise ValueError(f"{file} holds MotionPro's networks, which belong to svd, not to {backbone.name}.")
+    try:
+        control, unet_state = convert.modulation(state), convert.svd_unet(state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    unet = _meta_denoiser(backbone, base_model, report)
+    check_tensors(unet, unet_state, f"{file}: MotionPro's UNet")
+    unet.load_state_dict(unet_state, strict=True, assign=True)
+    flow_scale = unet_state["conv_in.weight"].shape[0] // control["encoder.stem.2.spatial.weight"].shape[0]
+    states["feature_modulation"] = control
+    with torch.device("meta"):
+        sizes["feature_modulation"] = FeatureModulation.for_model(unet, flow_scale).config()
+    report.parts.append(_converted_part("feature_modulation", file, control))
+    report.notes.append(f"Denoiser: MotionPro's UNet from {file}, its LoRA merged; it takes the base model's place")
+    return unet
+
+
+def _meta_denoiser(backbone: Backbone, base_model: str, report: ConversionReport) -> nn.Module:
+    """The base model's denoiser without weights; of the published sizes where its config is not on this machine."""
+    import diffusers
+
+    denoiser_class = getattr(diffusers, backbone.denoiser_class)
+    try:
+        config = denoiser_class.load_config(base_model, subfolder=backbone.denoiser, local_files_only=True)
+    except OSError:
+        config = {}
+        report.notes.append(f"Sizes of the UNet: diffusers' own for SVD, as the config of {base_model} is not here")
+    with torch.device("meta"):
+        return denoiser_class.from_config(config) if config else denoiser_class()
+
+
+def _groups(file: Path, state: StateDict, prefix: str) -> dict[str, StateDict]:
     """The tensors of a file by what they belong to."""
     groups: dict[str, StateDict] = {}
-    for key, value in convert.load_published(file).items():
+    for key, value in state.items():
         groups.setdefault(_group_of(key, prefix), {})[key] = value
     if _UNKNOWN in groups:
         raise ValueError(f"{file}: unknown keys: {', '.join(sorted(groups[_UNKNOWN]))}.")

@@ -1,4 +1,4 @@
-"""Key maps from the published MotionRAG checkpoints to this package's modules.
+"""Key maps from the published MotionRAG and MotionPro checkpoints to this package's modules.
 
 Published state dicts go in, ours come out, to be loaded strictly. Every function takes keys with or without the
 prefixes of the published files, names what it does not know, and never guesses a missing tensor. How the published
@@ -16,10 +16,23 @@ import torch
 from torch import Tensor
 
 from motionrag.backbones import BACKBONES
+from motionrag.convert_motionpro import modulation, svd_unet
 
 logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
+
+__all__ = [
+    "ADAPTER_KEY",
+    "StateDict",
+    "cama",
+    "injection",
+    "load_published",
+    "modulation",
+    "published_prefix",
+    "resampler",
+    "svd_unet",
+]
 
 _RESAMPLER_KEYS = (
     (r"proj_in\.(weight|bias)", r"proj_in.\1"),

@@ -58,6 +58,18 @@ _ENDS = {
 }
 
 
+def is_motionpro(state: Mapping[str, Tensor]) -> bool:
+    """Tell a published MotionPro checkpoint by its keys.
+
+    Args:
+        state: Published state dict.
+
+    Returns:
+        True if it holds a flow encoder.
+    """
+    return any(key.removeprefix(PREFIX).startswith("flow_blocks.") for key in state)
+
+
 def trajectory_encoder(state: Mapping[str, Tensor]) -> StateDict:
     """Convert the published flow encoder.
 

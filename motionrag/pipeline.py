@@ -4,26 +4,28 @@
 k references, l tokens of a clip, d width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from motionrag.adapters import AttentionInjection, InjectedEffect
-from motionrag.adapters.injection import diffusers_hooks
+from motionrag.adapters import AttentionInjection, FeatureModulation
 from motionrag.backbones import Backbone, backbone_of_index, backbone_of_pipeline
 from motionrag.bundle import POCKET, MotionBundle
+from motionrag.control import control_flow
 from motionrag.database import MotionDatabase, Reference
 from motionrag.database.manifest import Manifest
 from motionrag.encoder import MotionEncoder
 from motionrag.encoders.preprocessing import ImageLike, image_to_tensor
+from motionrag.generation import SteeredPipeline, Steering
 from motionrag.output import MotionRAGOutput
+from motionrag.suggestion import Suggestion, suggest_trajectories
+from motionrag.trajectory import CameraPath
+from motionrag.video import read_clip
 
 
 class MotionRAGPipeline:
@@ -56,11 +58,16 @@ class MotionRAGPipeline:
         self.pipeline = pipeline
         self.bundle = bundle
         self.encoder = encoder or MotionEncoder(bundle)
-        self._lock = Lock()
         self._database: MotionDatabase | None = None
         self.database = database  # type: ignore[assignment]
-        self.injection: AttentionInjection = bundle.motion_injection
-        self.injection.attach(*self._denoisers)  # last: a refused argument leaves no hook behind
+        parts = bundle.config.parts
+        self._steered = SteeredPipeline(  # last: a refused argument leaves no hook behind
+            pipeline,
+            self.backbone,
+            injection=bundle.motion_injection if "motion_injection" in parts else None,
+            modulation=bundle.feature_modulation if "feature_modulation" in parts else None,
+            unconditional_tokens=lambda: bundle.unconditional_tokens,
+        )
 
     @classmethod
     def from_pretrained(
@@ -99,6 +106,11 @@ class MotionRAGPipeline:
         if "torch_dtype" not in pipeline_options:
             # Left alone, diffusers takes the text encoder's dtype from its file and float32 for the rest.
             pipeline_options.setdefault("dtype", torch.float32)
+        if bundle.config.denoiser is not None and backbone.denoiser not in pipeline_options:
+            denoiser_class = getattr(diffusers, backbone.denoiser_class)
+            dtype = pipeline_options.get("dtype", pipeline_options.get("torch_dtype"))
+            denoiser = denoiser_class.from_pretrained(bundle.path_or_id(bundle.config.denoiser), dtype=dtype)
+            pipeline_options[backbone.denoiser] = denoiser
         pipeline = pipeline_class.from_pretrained(str(source), **pipeline_options)
         return cls(pipeline, bundle, database=database)
 
@@ -133,6 +145,11 @@ class MotionRAGPipeline:
         exclude: Any = None,
         min_similarity: float | None = None,
         published_image_range: bool = False,
+        trajectories: Sequence[Any] = (),
+        motion_mask: Any = None,
+        camera: str | CameraPath | None = None,
+        flow: Tensor | None = None,
+        control_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -162,6 +179,13 @@ class MotionRAGPipeline:
                 output says so. None takes the bundle's threshold; without one, every reference is used.
             published_image_range: Show CAMA the query image as the published CogVideoX pipeline does, in [0, 1] where
                 the references' images are in [-1, 1]; see docs/parity.md.
+            trajectories: Ways that things take (MotionPro): `RegionTrajectory`, or lists of points (x, y) in pixels of
+                the image. For several images they are the same in each.
+            motion_mask: Region that may move besides: file, picture, or array of the image's size.
+            camera: Camera move by name, such as "pan left", or a `CameraPath` from a pose file.
+            flow: In place of these three, the condition itself: `(b f 3 h w)` or `(f 3 h w)` at the video's size,
+                displacement from frame 0 in pixels and motion mask.
+            control_scale: Strength of the control; 0 leaves it out.
             height: Pixels; None for the backbone's own.
             width: Pixels; None for the backbone's own.
             num_frames: Frames; None for the backbone's own.
@@ -192,7 +216,14 @@ class MotionRAGPipeline:
 
         search = {"weights": retrieval_weights, "where": where, "exclude": exclude}
         threshold = self.bundle.config.min_similarity if min_similarity is None else min_similarity
-        wants_motion = motion_scale != 0 and num_references != 0
+        sizes = [(each.shape[1], each.shape[2]) for each in pixels]
+        drawn = {"trajectories": trajectories, "motion_mask": motion_mask, "camera": camera}
+        control = self._control(drawn, flow, sizes, (height, width), num_frames, control_scale)
+        is_asked = motion_tokens is not None or references is not None or self.database is not None
+        # Control may stand alone: then nobody has to say that there is nothing to retrieve from.
+        wants_motion = motion_scale != 0 and num_references != 0 and (is_asked or control is None)
+        if wants_motion:
+            _ = self.injection  # refuses a bundle that cannot bring it in
         if references is not None and num_references == 0:
             raise ValueError("num_references=0 asks for the plain backbone, but references are given; leave one out.")
         if motion_tokens is not None and (references is not None or num_references == 0):
@@ -212,6 +243,7 @@ class MotionRAGPipeline:
 
         options: dict[str, Any] = {
             **(self.backbone.call_options(self.pipeline) if self.backbone.call_options else {}),
+            **(self.backbone.control_options if control is not None else {}),
             "num_inference_steps": num_inference_steps,
             self.backbone.guidance_option: guidance_scale,
             "height": height,
@@ -223,8 +255,8 @@ class MotionRAGPipeline:
             **pipeline_options,
         }
         scales = [motion_scale if injected else 0.0 for injected in is_injected]
-        with self._alone():
-            frames, effect = self._generate(pictures, prompts, motion_tokens, scales, options)
+        steering = Steering(motion_tokens, scales, flow=control, flow_scale=control_scale)
+        frames, effect = self._steered(pictures, prompts, steering, options)
         return MotionRAGOutput(
             frames=frames,
             references=found[0] if is_single else found,
@@ -238,6 +270,7 @@ class MotionRAGPipeline:
                 "num_references": num_references,
                 "motion_scale": motion_scale,
                 "min_similarity": threshold,
+                "control_scale": None if control is None else control_scale,
                 "height": height,
                 "width": width,
                 "num_frames": num_frames,
@@ -249,6 +282,21 @@ class MotionRAGPipeline:
                 "database": None if self.database is None else str(self.database.path),
             },
         )
+
+    def suggest_trajectories(self, image: ImageLike, reference: Reference, *, count: int = 4) -> Suggestion:
+        """Propose trajectories and a mask for an image from what moves in a retrieved clip, to edit or to pass on.
+
+        Args:
+            image: PIL image, path or array.
+            reference: From a search, or from an output's references; its file must be there.
+            count: Most trajectories.
+
+        Returns:
+            Trajectories in pixels of the image, and the motion mask at its size.
+        """
+        frames = torch.from_numpy(read_clip(reference.clip).frames)
+        _, height, width = image_to_tensor(image).shape
+        return suggest_trajectories(rearrange(frames, "t h w c -> t c h w"), (height, width), count=count)
 
     def to(self, device: torch.device | str) -> "MotionRAGPipeline":
         """Move everything to a device.
@@ -299,20 +347,38 @@ class MotionRAGPipeline:
             Backbone, sites, how the injection is computed there, parameter counts, database, and the licence of every
             weight that is used.
         """
+        injection, modulation = self._steered.injection, self._steered.modulation
         return {
             **self.bundle.info(),
-            "injection_sites": len(self.injection.sites),
-            "injection_paths": self.injection.paths(self.encoder.num_tokens),
-            "injection_parameters": sum(parameter.numel() for parameter in self.injection.parameters()),
-            "backbone_parameters": sum(
-                parameter.numel() for model in self._denoisers for parameter in model.parameters()
-            ),
+            "injection_sites": 0 if injection is None else len(injection.sites),
+            "injection_paths": {} if injection is None else injection.paths(self.encoder.num_tokens),
+            "injection_parameters": 0 if injection is None else _count(injection),
+            "modulation_parameters": 0 if modulation is None else _count(modulation),
+            "backbone_parameters": sum(_count(model) for model in self.denoisers),
             "database": None if self.database is None else self.database.info(),
         }
 
     @property
-    def _denoisers(self) -> list[Any]:
-        return self.backbone.denoisers(self.pipeline)
+    def denoisers(self) -> list[Any]:
+        """The backbone's networks that carry the adapters: one, or two experts."""
+        return self._steered.denoisers
+
+    @property
+    def injection(self) -> AttentionInjection:
+        """The attention adapter, attached: what motion tokens enter by."""
+        if self._steered.injection is None:
+            raise ValueError("This bundle has no motion_injection, so no motion can be brought in: num_references=0.")
+        return self._steered.injection
+
+    @property
+    def modulation(self) -> FeatureModulation:
+        """The trajectory adapter, attached: what drawn control enters by."""
+        if self._steered.modulation is None:
+            raise ValueError(
+                "This bundle has no feature_modulation, so trajectories, masks and camera moves cannot be followed; "
+                "only SVD's UNet has the layers for it (motionrag convert makes a bundle of MotionPro's weights)."
+            )
+        return self._steered.modulation
 
     def _retrieve(
         self,
@@ -353,6 +419,33 @@ class MotionRAGPipeline:
         if tuple(motion_tokens.shape) != expected or not torch.isfinite(motion_tokens).all():
             raise ValueError(f"motion_tokens must be finite and {expected}, got {tuple(motion_tokens.shape)}.")
 
+    def _control(
+        self,
+        drawn: Mapping[str, Any],
+        flow: Tensor | None,
+        image_sizes: Sequence[tuple[int, int]],
+        video_size: tuple[int, int],
+        num_frames: int,
+        scale: float,
+    ) -> Tensor | None:
+        """The flow that the modulation follows, `(b f 3 h w)`; None without control."""
+        given = [
+            name for name, value in drawn.items() if value is not None and not (name == "trajectories" and not value)
+        ]
+        if flow is not None and given:
+            raise ValueError(f"flow is the whole condition; leave out {' and '.join(given)}.")
+        if scale == 0 or (flow is None and not given):
+            return None
+        _ = self.modulation  # refuses a bundle that cannot follow
+        if flow is None:
+            arguments = {**drawn, "video_size": video_size, "num_frames": num_frames}
+            return torch.stack([control_flow(image_size=size, **arguments) for size in image_sizes])
+        expected = (len(image_sizes), num_frames, 3, *video_size)
+        flow = flow.expand(expected) if flow.ndim == 4 and flow.shape == expected[1:] else flow
+        if tuple(flow.shape) != expected:
+            raise ValueError(f"flow must be {expected} or {expected[1:]}, got {tuple(flow.shape)}.")
+        return flow
+
     def _adapt(self, pixels: Sequence[Tensor], found: Sequence[Sequence[Reference]]) -> Tensor:
         """Motion tokens `(b l d)` for the images: CAMA on their references; unconditional where there are none."""
         cama = self.bundle.cama.to(self.encoder.device)
@@ -378,101 +471,9 @@ class MotionRAGPipeline:
         if self.backbone.guidance_option in options:
             raise ValueError(f"Pass guidance_scale=… in place of {self.backbone.guidance_option}=….")
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One call at a time: the diffusers pipeline and the injection both hold the state of a call."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("This pipeline is making a video in another thread; wait for it, or load a second one.")
-        try:
-            yield
-        finally:
-            self._lock.release()
 
-    def _generate(
-        self,
-        pictures: list[Image.Image],
-        prompts: list[str],
-        motion_tokens: Tensor | None,
-        scales: Sequence[float],
-        options: Mapping[str, Any],
-    ) -> tuple[Any, InjectedEffect]:
-        """Run the diffusers pipeline, with the injection switched on for this call alone."""
-        if len(pictures) > 1 and not self.backbone.takes_batches:
-            return self._generate_in_turn(pictures, prompts, motion_tokens, scales, options)
-        # A single image goes in alone, so that diffusers' own rules for it apply.
-        call = {"image": pictures if len(pictures) > 1 else pictures[0], **options}
-        if self.backbone.embed_prompts:
-            call["prompt"] = prompts
-        denoisers = self._denoisers
-        for denoiser in denoisers:
-            if hasattr(denoiser, "_reset_stateful_cache"):  # diffusers leaves it full when a call ends in an error
-                denoiser._reset_stateful_cache()
-        if motion_tokens is None:
-            return self.pipeline(**call).frames, InjectedEffect(mean=0.0, per_site={})
-        for denoiser in denoisers:
-            _refuse_what_cannot_be_right(denoiser)
-        self.injection.reattach(*denoisers)  # LoRA may have come or gone, the denoiser may be another
-        device: torch.device = self.pipeline._execution_device
-        stored: torch.dtype = denoisers[0].dtype
-        # Layerwise casting stores one byte a number and computes in more; float32 is then always right.
-        self.injection.to(device=device, dtype=stored if stored.itemsize > 1 else torch.float32)
-        scale = torch.tensor(scales)
-        is_guided = options[self.backbone.guidance_option] > 1
-        if is_guided:  # two passes, the unconditional rows first
-            unconditional = self.bundle.unconditional_tokens.expand_as(motion_tokens)
-            motion_tokens, scale = torch.cat([unconditional, motion_tokens]), scale.repeat(2)
-        with self.injection.condition(motion_tokens.to(device), scale.to(device), is_guided=is_guided) as condition:
-            frames = self.pipeline(**call).frames
-            return frames, condition.effect()
-
-    def _generate_in_turn(
-        self,
-        pictures: list[Image.Image],
-        prompts: list[str],
-        motion_tokens: Tensor | None,
-        scales: Sequence[float],
-        options: Mapping[str, Any],
-    ) -> tuple[Any, InjectedEffect]:
-        """One call of the diffusers pipeline for each image, for families that take one at a time."""
-        frames, effects = [], []
-        for index, picture in enumerate(pictures):
-            own = {name: _own(options.get(name), index) for name in ("generator", "negative_prompt")}
-            tokens = None if motion_tokens is None or scales[index] == 0 else motion_tokens[index : index + 1]
-            made, effect = self._generate(
-                [picture], [prompts[index]], tokens, scales[index : index + 1], {**options, **own}
-            )
-            frames.append(made)
-            effects.append(effect)
-        return _joined(frames), InjectedEffect.mean_of(effects)
-
-
-def _refuse_what_cannot_be_right(denoiser: Any) -> None:
-    """Features of diffusers under which motion would reach the wrong rows, or has never been seen to be right."""
-    name = type(denoiser).__name__
-    if "faster_cache_denoiser" in diffusers_hooks(denoiser):
-        raise ValueError(
-            f"FasterCache runs {name} without the unconditional half of guidance in some steps, so motion would reach "
-            "the wrong half; call disable_cache() on it, or enable FirstBlockCache in its place."
-        )
-    if getattr(denoiser, "_parallel_config", None) is not None:
-        raise ValueError(
-            f"{name} is split over devices by enable_parallelism, with which motion injection has not been tested; "
-            "load the pipeline again without it."
-        )
-
-
-def _own(option: Any, index: int) -> Any:
-    """What one image of several gets of an option that may be a list."""
-    return option[index] if isinstance(option, list) else option
-
-
-def _joined(videos: list[Any]) -> Any:
-    """Batches of one video as one batch: lists, arrays or tensors."""
-    if isinstance(videos[0], Tensor):
-        return torch.cat(videos)
-    if isinstance(videos[0], np.ndarray):
-        return np.concatenate(videos)
-    return [video for batch in videos for video in batch]
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _first_given(*values: Any) -> Any:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 
-from motionrag import convert_motionpro
-from motionrag.adapters import FeatureModulation
+from motionrag import MotionBundle, MotionRAGPipeline, convert_motionpro
+from motionrag.adapters import FeatureModulation, published_group_norm
+from motionrag.conversion import convert_files
 from motionrag.convert import load_published
-from tests.parity.golden_motionpro import FOLDER, read_json
+from tests.parity.golden_motionpro import FOLDER, load_networks, read_json
+from tests.parity.test_modulation import assert_close, run
 
 PREFIX = "model.diffusion_model."
 
@@ -153,3 +155,75 @@ def test_another_published_file_is_refused():
         convert_motionpro.modulation({key: value for key, value in tiny_state().items() if "flow_" not in key})
     with pytest.raises(ValueError, match=r"unknown keys: transformer\.layers\.0\.weight"):
         convert_motionpro.modulation({"transformer.layers.0.weight": torch.zeros(1)})
+
+
+# A bundle of the published file
+
+
+@pytest.fixture
+def base_model(tmp_path):
+    """A folder with no more of the base model than the UNet's config."""
+    folder = tmp_path / "base"
+    config = load_networks("checkpoint_tiny_io").config["diffusers_config"]
+    with torch.device("meta"):
+        unet = UNetSpatioTemporalConditionModel(**config)
+    unet.save_config(folder / "unet")
+    return folder
+
+
+def test_the_published_file_becomes_a_bundle_that_gives_the_published_numbers(base_model, tmp_path):
+    report = convert_files(
+        [FOLDER / "checkpoint_tiny.pt"], tmp_path / "bundle", backbone="svd", base_model=str(base_model)
+    )
+    assert [part.part for part in report.parts] == ["feature_modulation"]
+    assert any("its LoRA merged" in note for note in report.notes)
+
+    bundle = MotionBundle.from_pretrained(tmp_path / "bundle")
+    assert bundle.config.guidance_scale == 2.5
+    unet = UNetSpatioTemporalConditionModel.from_pretrained(bundle.path_or_id(bundle.config.denoiser)).eval()
+    case = load_networks("checkpoint_tiny_io")
+    bundle.feature_modulation.attach(unet)
+    with torch.no_grad(), published_group_norm(unet), bundle.feature_modulation.condition(case.inputs["flow"]):
+        assert_close(run(unet, case), case.outputs["sample"], 2e-5)
+
+
+def test_the_bundles_own_denoiser_takes_the_base_models_place(base_model, tmp_path):
+    """Also after the bundle was saved elsewhere."""
+    from tests.training.parts import svd_pipeline
+
+    convert_files([FOLDER / "checkpoint_tiny.pt"], tmp_path / "bundle", backbone="svd", base_model=str(base_model))
+    MotionBundle.from_pretrained(tmp_path / "bundle").save_pretrained(tmp_path / "moved")
+    unet = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "moved" / "unet")
+    pipeline = svd_pipeline()
+    with torch.device("cpu"):
+        pipeline.register_modules(unet=UNetSpatioTemporalConditionModel.from_config(unet.config))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    pipe = MotionRAGPipeline.from_pretrained(tmp_path / "pipeline", bundle=tmp_path / "moved")
+    for name, weight in pipe.pipeline.unet.state_dict().items():
+        assert torch.equal(weight, unet.state_dict()[name])
+    assert pipe.modulation.is_attached
+
+
+@pytest.mark.parametrize(
+    ("copies", "backbone", "message"),
+    [
+        (1, "cogvideox", "belong to svd, not to cogvideox"),
+        (2, "svd", "both hold MotionPro's networks"),
+        (0, "svd", "no file to convert"),
+    ],
+)
+def test_what_cannot_be_a_bundle_is_refused_and_leaves_no_folder(base_model, tmp_path, copies, backbone, message):
+    files = [tmp_path / f"{number}.pt" for number in range(copies)]
+    for file in files:
+        file.write_bytes((FOLDER / "checkpoint_tiny.pt").read_bytes())
+    with pytest.raises(ValueError, match=message):
+        convert_files(files, tmp_path / "bundle", backbone=backbone, base_model=str(base_model))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_file_that_lacks_a_tensor_is_refused_by_name(base_model, tmp_path):
+    state = tiny_state()
+    key = next(key for key in state if key.endswith("flow_gamma_spatial.weight"))
+    torch.save({name: value for name, value in state.items() if name != key}, tmp_path / "less.pt")
+    with pytest.raises(ValueError, match=r"less\.pt: .*flow_gamma_spatial\.weight"):
+        convert_files([tmp_path / "less.pt"], tmp_path / "bundle", backbone="svd", base_model=str(base_model))

@@ -37,6 +37,7 @@ LAYERS = {
     "model_card": 2,
     "pipeline": 3,
     "control": 3,
+    "generation": 3,
     "suggestion": 3,
     "output": 3,
     "tracking": 3,

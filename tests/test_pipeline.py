@@ -154,9 +154,9 @@ def test_guidance_uses_unconditional_tokens_first(pipe):
     seen = []
     original = pipe.injection.set_condition
 
-    def remember(tokens, scale=1.0):
+    def remember(tokens, scale=1.0, **options):
         seen.append((tokens.clone(), scale.clone()))
-        return original(tokens, scale)
+        return original(tokens, scale, **options)
 
     pipe.injection.set_condition = remember
     try:
@@ -553,7 +553,7 @@ def test_a_second_call_inside_the_first_is_refused(pipe):
     expected = run(pipe).frames
     assert torch.equal(run(pipe, callback_on_step_end=again).frames, expected)
     assert len(messages) == STEPS
-    assert all("another call is using it" in message for message in messages)
+    assert all("making a video in another thread" in message for message in messages)
 
 
 def test_lora_that_comes_and_goes_between_calls(pipe):

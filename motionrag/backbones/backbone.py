@@ -32,6 +32,7 @@ class Backbone:
         embed_prompts: Pipeline and prompts → `prompt_embeds` `(b n d)`; None if the family takes no text.
         guidance_option: Argument of the pipeline that takes the strength of guidance.
         call_options: Further arguments that every call of the pipeline needs.
+        control_options: Arguments of a call that follows trajectories, as feature modulation was trained with.
         takes_batches: False if a call of the pipeline makes the video of one image only.
         second_denoiser: Attribute that holds a second network of the same class; both it and `denoiser` may be None
             in a pipeline then.
@@ -56,6 +57,7 @@ class Backbone:
     embed_prompts: Callable[[Any, Sequence[str]], Tensor] | None = None
     guidance_option: str = "guidance_scale"
     call_options: Callable[[Any], dict[str, Any]] | None = None
+    control_options: Mapping[str, Any] = field(default_factory=dict)
     takes_batches: bool = True
     second_denoiser: str | None = None
     stored_as: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

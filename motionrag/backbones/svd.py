@@ -165,5 +165,7 @@ SVD = Backbone(
         "stabilityai/stable-video-diffusion-img2vid": "Stability AI Community License",
         "stabilityai/stable-video-diffusion-img2vid-xt": "Stability AI Community License",
     },
+    # MotionPro tells the model 8 frames per second, and diffusers passes on one less than it is given.
+    control_options={"fps": 9, "motion_bucket_id": 17},
     published_prefix="unet.",
 )

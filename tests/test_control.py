@@ -1,0 +1,280 @@
+"""Control on the pipeline: trajectories, mask and camera on a tiny SVD, alone and together with motion tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from motionrag import Clip, MotionRAGPipeline, Reference, RegionTrajectory
+from motionrag.adapters import AttentionInjection, FeatureModulation
+from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle
+from motionrag.control import control_flow
+from motionrag.models import Resampler
+from tests.backbones.every.families import NUM_TOKENS, RESAMPLER, TOKEN_DIM, motion_pipeline, tokens
+from tests.training.parts import svd_pipeline
+from tests.video_files import make_video
+
+SIZE = (64, 64)
+FRAMES = 3
+WAY = [(20, 20), (40, 30)]
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipe():
+    """The tiny SVD with an autoencoder that divides by 8, as MotionPro's networks expect."""
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    pipe = svd_pipeline()
+    torch.manual_seed(3)
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+    made = type(pipe)(**{**pipe.components, "vae": vae.eval()})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def bundle(diffusers_pipe, *, modulation=True, injection=True, zero=False):
+    torch.manual_seed(1)
+    unet = diffusers_pipe.unet
+    parts, described = {"motion_resampler": Resampler(**RESAMPLER)}, {"motion_resampler": RESAMPLER}
+    if injection:
+        parts["motion_injection"] = AttentionInjection.for_model(unet, TOKEN_DIM)
+        for adapter in parts["motion_injection"].sites.values():
+            torch.nn.init.normal_(adapter.to_v.weight, std=0.5)
+        described["motion_injection"] = parts["motion_injection"].config()
+    if modulation:
+        parts["feature_modulation"] = FeatureModulation.for_model(unet)
+        for name, weight in parts["feature_modulation"].named_parameters():
+            if not zero and ".temporal." in name and name.startswith("sites"):
+                torch.nn.init.normal_(weight, std=0.3)
+        described["feature_modulation"] = parts["feature_modulation"].config()
+    config = BundleConfig(
+        backbone="svd", base_model="backbone", encoders={"video": EncoderSource("video")}, parts=described
+    )
+    unconditional = torch.randn(NUM_TOKENS, TOKEN_DIM)
+    return MotionBundle(
+        config, unconditional_tokens=unconditional, **{name: part.eval() for name, part in parts.items()}
+    )
+
+
+@pytest.fixture
+def pipe(diffusers_pipe):
+    made = MotionRAGPipeline(diffusers_pipe, bundle(diffusers_pipe))
+    yield made
+    made.injection.detach()
+    made.modulation.detach()
+
+
+def picture(size=SIZE, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def run(pipe, image=None, **options):
+    settings = {
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "num_frames": FRAMES,
+        "num_inference_steps": 2,
+        "output_type": "pt",
+        "generator": torch.Generator().manual_seed(0),
+    }
+    return pipe(picture() if image is None else image, **{**settings, **options}).frames
+
+
+def plain(pipe, image=None, **options):
+    return run(pipe, image, num_references=0, **options)
+
+
+# The condition
+
+
+def test_ways_and_brush_follow_the_image_to_the_videos_size():
+    brush = np.zeros((32, 128), np.uint8)
+    brush[16:, 64:] = 255
+    flow = control_flow(
+        image_size=(32, 128), video_size=(64, 64), num_frames=4, trajectories=[[(40, 10), (80, 15)]], motion_mask=brush
+    )
+    assert flow.shape == (4, 3, 64, 64)
+    # Half the width, twice the height: from (20, 20) to (40, 30).
+    torch.testing.assert_close(flow[-1, :2, 20, 20], torch.tensor([20.0, 10.0]))
+    assert flow[0, :2].abs().max() == 0
+    mask = flow[0, 2]
+    assert mask[32:, 32:].all()
+    assert mask[16:24, 16:24].all()
+    assert mask.sum() == 32 * 32 + 8 * 8
+
+
+def test_normalised_ways_need_no_size():
+    sizes = {"image_size": (100, 200), "video_size": SIZE, "num_frames": 4}
+    ways = [RegionTrajectory([(0.25, 0.5), (0.5, 0.5)], normalised=True)], [[(50, 50), (100, 50)]]
+    normalised, pixels = (control_flow(**sizes, trajectories=way) for way in ways)
+    torch.testing.assert_close(normalised, pixels)
+
+
+def test_a_camera_move_is_added_to_the_ways_and_lets_everything_move():
+    sizes = {"image_size": SIZE, "video_size": SIZE, "num_frames": 4}
+    camera = control_flow(**sizes, camera="pan left")
+    both = control_flow(**sizes, camera="pan left", trajectories=[WAY])
+    way = control_flow(**sizes, trajectories=[WAY])
+    assert camera[:, 2].all()
+    told = camera[-1, :2].abs().sum(0) > 0
+    assert 0.05 < told.float().mean() < 0.3  # blocks are told of it with probability 0.15
+    inside = way[-1, :2].abs().sum(0) > 0
+    outside = ~inside
+    torch.testing.assert_close(both[-1, :2][:, outside], camera[-1, :2][:, outside])
+    moved = both[-1, :2][:, inside] - way[-1, :2][:, inside]
+    assert moved.abs().sum(0).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"trajectories": [[(5, 5), (500, 5)]]}, r"trajectories\[0\]"),
+        ({"trajectories": [WAY, [(float("nan"), 3)]]}, r"trajectories\[1\]"),
+        ({"motion_mask": np.ones((8, 8))}, "8x8 pixels, the image 64x64"),
+        ({"camera": "sideways"}, "pan left"),
+    ],
+)
+def test_what_makes_no_sense_is_named(pipe, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        plain(pipe, **wrong)
+
+
+# On the pipeline
+
+
+def test_control_changes_the_video_and_scale_zero_does_not(pipe):
+    without = plain(pipe)
+    controlled = plain(pipe, trajectories=[WAY])
+    assert (controlled - without).abs().max() > 1e-3
+    assert torch.equal(plain(pipe), without)
+    assert torch.equal(plain(pipe, trajectories=[WAY], control_scale=0), without)
+    stronger = plain(pipe, trajectories=[WAY], control_scale=2.0)
+    assert not torch.equal(stronger, controlled)
+
+
+def test_a_fresh_modulation_changes_nothing(diffusers_pipe):
+    pipe = MotionRAGPipeline(diffusers_pipe, bundle(diffusers_pipe, injection=False, zero=True))
+    expected = plain(pipe, fps=9, motion_bucket_id=17)
+    assert torch.equal(plain(pipe, trajectories=[WAY]), expected)
+    with pytest.raises(ValueError, match="no motion_injection"):
+        run(pipe, motion_tokens=tokens())
+    pipe.modulation.detach()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_control_and_motion_tokens_together(pipe, guidance_scale):
+    options = {"guidance_scale": guidance_scale}
+    motion = {"motion_tokens": tokens()}
+    videos = [
+        run(pipe, **motion, trajectories=[WAY], **options),
+        run(pipe, **motion, **options),
+        plain(pipe, trajectories=[WAY], **options),
+        plain(pipe, **options),
+    ]
+    differences = [(videos[i] - videos[j]).abs().max() for i in range(4) for j in range(i)]
+    assert min(differences) > 1e-4
+    # Attached the other way round it is the same video.
+    pipe.injection.detach()
+    pipe.injection.attach(pipe.pipeline.unet)
+    again = run(pipe, **motion, trajectories=[WAY], **options)
+    torch.testing.assert_close(again, videos[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_condition_itself_can_be_given(pipe):
+    flow = control_flow(image_size=SIZE, video_size=SIZE, num_frames=FRAMES, trajectories=[WAY])
+    drawn = plain(pipe, trajectories=[WAY])
+    assert torch.equal(plain(pipe, flow=flow), drawn)
+    assert torch.equal(plain(pipe, flow=flow[None]), drawn)
+    with pytest.raises(ValueError, match="flow is the whole condition; leave out trajectories and camera"):
+        plain(pipe, flow=flow, trajectories=[WAY], camera="pan left")
+    with pytest.raises(ValueError, match=r"flow must be \(1, 3, 3, 64, 64\) or \(3, 3, 64, 64\), got \(2, 3, 64, 64\)"):
+        plain(pipe, flow=flow[:2])
+
+
+def test_several_images_get_the_ways_at_their_own_size(pipe):
+    images = [picture(), picture((128, 64), seed=1)]
+    ways = [RegionTrajectory([(0.3, 0.3), (0.6, 0.5)], normalised=True)]
+    together = plain(pipe, images, trajectories=ways, generator=[torch.Generator().manual_seed(i) for i in (0, 1)])
+    for index, image in enumerate(images):
+        alone = plain(pipe, image, trajectories=ways, generator=torch.Generator().manual_seed(index))
+        torch.testing.assert_close(together[index], alone[0], atol=1e-4, rtol=1e-3)
+
+
+def test_the_flow_is_encoded_once_for_a_generation_and_the_model_is_told_as_in_training(pipe):
+    calls, told = [], []
+    handles = [
+        pipe.modulation.encoder.register_forward_hook(lambda *_: calls.append(1)),
+        pipe.pipeline.unet.register_forward_pre_hook(
+            lambda _, args, kwargs: told.append(kwargs["added_time_ids"]), with_kwargs=True
+        ),
+    ]
+    plain(pipe, trajectories=[WAY], num_inference_steps=4, guidance_scale=2.5)
+    plain(pipe)
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == 1
+    assert told[0][0].tolist() == pytest.approx([8, 17, 0.02])
+    assert told[-1][0].tolist() == pytest.approx([6, 127, 0.02])
+
+
+def test_an_error_in_a_call_leaves_no_control_behind(pipe):
+    before = plain(pipe)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        plain(pipe, trajectories=[WAY], callback_on_step_end=fail)
+    assert torch.equal(plain(pipe), before)
+
+
+def test_bundles_and_families_without_modulation_refuse_control(diffusers_pipe):
+    pipe = MotionRAGPipeline(diffusers_pipe, bundle(diffusers_pipe, modulation=False))
+    with pytest.raises(ValueError, match=r"no feature_modulation.*only SVD's UNet"):
+        plain(pipe, trajectories=[WAY])
+    pipe.injection.detach()
+    other = motion_pipeline("LTX")
+    with pytest.raises(ValueError, match="no feature_modulation"):
+        other(picture(), num_references=0, camera="pan left", height=64, width=64, num_frames=9)
+
+
+def test_a_modulation_of_another_model_leaves_no_hook_behind(diffusers_pipe):
+    made = bundle(diffusers_pipe)
+    made.feature_modulation._levels = {"down_blocks.7.resnets.0.spatial_res_block.conv1": 0}
+    hooks = sum(len(module._forward_pre_hooks) for module in diffusers_pipe.unet.modules())
+    with pytest.raises(ValueError, match=r"no layer at 'down_blocks\.7"):
+        MotionRAGPipeline(diffusers_pipe, made)
+    assert sum(len(module._forward_pre_hooks) for module in diffusers_pipe.unet.modules()) == hooks
+    assert not made.motion_injection.is_attached
+
+
+def test_info_counts_the_modulation(pipe):
+    facts = pipe.info()
+    assert facts["modulation_parameters"] == sum(weight.numel() for weight in pipe.modulation.parameters())
+    assert facts["injection_paths"] == {"one position": facts["injection_sites"]}
+
+
+def test_trajectories_are_suggested_by_the_file_of_a_reference(pipe, tmp_path):
+    make_video(tmp_path / "clip.mp4", 17, (64, 48), seed=1)
+    reference = Reference(
+        id="1",
+        clip=Clip(str(Path(tmp_path, "clip.mp4"))),
+        rank=1,
+        score=1.0,
+        scores={"text": 1.0},
+        weight=1.0,
+        motion_tokens=tokens()[0],
+        context_tokens=tokens()[0],
+    )
+    found = pipe.suggest_trajectories(picture(), reference, count=2)
+    assert found.motion_mask.shape == SIZE
+    assert len(found.trajectories) <= 2
+    assert plain(pipe, trajectories=found.trajectories, motion_mask=found.motion_mask).shape == (1, FRAMES, 3, *SIZE)
