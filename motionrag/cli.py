@@ -169,6 +169,13 @@ def generate(
     scale: Annotated[float, typer.Option(help="Strength of the injected motion.")] = 1.0,
     min_similarity: Annotated[float | None, typer.Option(help="Inject nothing below this similarity.")] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition on the database's columns.")] = None,
+    trajectories: Annotated[Path | None, typer.Option(help="Ways that things take: a track file.")] = None,
+    canvas: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH that the track file was drawn on, where it does not say so.")
+    ] = None,
+    motion_mask: Annotated[Path | None, typer.Option(help="Picture of the image's size: what may move.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Camera move, such as 'pan left'.")] = None,
+    control_scale: Annotated[float, typer.Option(help="Strength of trajectories, mask and camera.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the bundle's, or 50.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
@@ -184,7 +191,9 @@ def generate(
     import torch
 
     from motionrag.pipeline import MotionRAGPipeline
+    from motionrag.trajectory import read_tracks
 
+    rows, columns = _canvas(canvas)
     _hide_loading_bars()
     pipe = MotionRAGPipeline.from_pretrained(
         backbone, bundle=bundle, database=database, dtype=getattr(torch, dtype.torch_name)
@@ -206,6 +215,10 @@ def generate(
         motion_scale=scale,
         min_similarity=min_similarity,
         where=where,
+        trajectories=() if trajectories is None else read_tracks(trajectories, height=rows, width=columns),
+        motion_mask=motion_mask,
+        camera=camera,
+        control_scale=control_scale,
         num_inference_steps=steps,
         guidance_scale=guidance,
         num_frames=frames,
@@ -566,6 +579,16 @@ def _needs_lightning() -> Iterator[None]:
 def _errors_in_words(errors: dict[str, float]) -> str:
     shares = ", ".join(f"{name} {error:.1f} %" for name, error in errors.items())
     return f"; track error against the truth, of the frame: {shares}" if shares else ""
+
+
+def _canvas(size: str | None) -> tuple[int, int] | tuple[None, None]:
+    """480x720 as height and width."""
+    if size is None:
+        return None, None
+    sides = size.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise typer.BadParameter(f"--canvas is HEIGHTxWIDTH, such as 480x720; got {size!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def _weights(pairs: list[str] | None) -> dict[str, float] | None:

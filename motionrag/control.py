@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from motionrag.trajectory import (
     BLOCK,
     CameraPath,
+    Tracks,
     camera_flow,
     keep_blocks,
     rasterise,
@@ -31,7 +32,7 @@ def control_flow(
     image_size: tuple[int, int],
     video_size: tuple[int, int],
     num_frames: int,
-    trajectories: Sequence[Any] = (),
+    trajectories: Tracks | Sequence[Any] = (),
     motion_mask: Any = None,
     camera: str | CameraPath | None = None,
 ) -> Tensor:
@@ -41,7 +42,8 @@ def control_flow(
         image_size: Height and width of the image that was drawn on.
         video_size: Height and width of the video.
         num_frames: Frames of the video, f.
-        trajectories: `RegionTrajectory`, or lists of points (x, y) in pixels of the image.
+        trajectories: `RegionTrajectory`, or lists of points (x, y) in pixels of the image; or `Tracks` on a canvas of
+            their own, which is stretched to the image.
         motion_mask: Region that may move besides the trajectories' own blocks: file, picture, or array of the image's
             size, not 0 where it may.
         camera: Name of a camera move such as "pan left", or a path read with `read_poses`; it is added to the
@@ -54,6 +56,8 @@ def control_flow(
         ValueError: Names the trajectory, mask or camera move that makes no sense.
     """
     height, width = video_size
+    if isinstance(trajectories, Tracks):
+        trajectories = trajectories.resized(height=image_size[0], width=image_size[1]).trajectories
     ways = [way.resized(image_size, video_size) for way in trajectory_list(trajectories, *image_size)]
     brush = None if motion_mask is None else _resized_mask(motion_mask, image_size, video_size)
     flow, mask = rasterise(ways, height=height, width=width, num_frames=num_frames, brush=brush)

@@ -24,7 +24,7 @@ from motionrag.encoders.preprocessing import ImageLike, image_to_tensor
 from motionrag.generation import SteeredPipeline, Steering
 from motionrag.output import MotionRAGOutput
 from motionrag.suggestion import Suggestion, suggest_trajectories
-from motionrag.trajectory import CameraPath
+from motionrag.trajectory import CameraPath, Tracks
 from motionrag.video import read_clip
 
 
@@ -145,7 +145,7 @@ class MotionRAGPipeline:
         exclude: Any = None,
         min_similarity: float | None = None,
         published_image_range: bool = False,
-        trajectories: Sequence[Any] = (),
+        trajectories: Tracks | Sequence[Any] = (),
         motion_mask: Any = None,
         camera: str | CameraPath | None = None,
         flow: Tensor | None = None,
@@ -180,7 +180,7 @@ class MotionRAGPipeline:
             published_image_range: Show CAMA the query image as the published CogVideoX pipeline does, in [0, 1] where
                 the references' images are in [-1, 1]; see docs/parity.md.
             trajectories: Ways that things take (MotionPro): `RegionTrajectory`, or lists of points (x, y) in pixels of
-                the image. For several images they are the same in each.
+                the image; or `Tracks` from a file. For several images they are the same in each.
             motion_mask: Region that may move besides: file, picture, or array of the image's size.
             camera: Camera move by name, such as "pan left", or a `CameraPath` from a pose file.
             flow: In place of these three, the condition itself: `(b f 3 h w)` or `(f 3 h w)` at the video's size,

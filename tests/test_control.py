@@ -12,7 +12,9 @@ from motionrag.adapters import AttentionInjection, FeatureModulation
 from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle
 from motionrag.control import control_flow
 from motionrag.models import Resampler
+from motionrag.trajectory import Tracks, write_tracks
 from tests.backbones.every.families import NUM_TOKENS, RESAMPLER, TOKEN_DIM, motion_pipeline, tokens
+from tests.test_cli import run as run_command
 from tests.training.parts import svd_pipeline
 from tests.video_files import make_video
 
@@ -111,6 +113,15 @@ def test_ways_and_brush_follow_the_image_to_the_videos_size():
     assert mask.sum() == 32 * 32 + 8 * 8
 
 
+def test_tracks_of_a_file_are_stretched_from_their_canvas():
+    tracks = Tracks([[(128, 64), (192, 64)]], height=256, width=256)
+    flow, expected = (
+        control_flow(image_size=(100, 200), video_size=SIZE, num_frames=4, trajectories=ways)
+        for ways in (tracks, [[(100, 25), (150, 25)]])
+    )
+    torch.testing.assert_close(flow, expected)
+
+
 def test_normalised_ways_need_no_size():
     sizes = {"image_size": (100, 200), "video_size": SIZE, "num_frames": 4}
     ways = [RegionTrajectory([(0.25, 0.5), (0.5, 0.5)], normalised=True)], [[(50, 50), (100, 50)]]
@@ -158,6 +169,13 @@ def test_control_changes_the_video_and_scale_zero_does_not(pipe):
     assert torch.equal(plain(pipe, trajectories=[WAY], control_scale=0), without)
     stronger = plain(pipe, trajectories=[WAY], control_scale=2.0)
     assert not torch.equal(stronger, controlled)
+
+
+def test_control_stands_alone_without_a_database(pipe):
+    controlled = run(pipe, trajectories=[WAY])
+    assert torch.equal(controlled, plain(pipe, trajectories=[WAY]))
+    with pytest.raises(ValueError, match="no database to retrieve motion from"):
+        run(pipe)
 
 
 def test_a_fresh_modulation_changes_nothing(diffusers_pipe):
@@ -278,3 +296,45 @@ def test_trajectories_are_suggested_by_the_file_of_a_reference(pipe, tmp_path):
     assert found.motion_mask.shape == SIZE
     assert len(found.trajectories) <= 2
     assert plain(pipe, trajectories=found.trajectories, motion_mask=found.motion_mask).shape == (1, FRAMES, 3, *SIZE)
+
+
+# On the command line
+
+
+@pytest.fixture(scope="module")
+def saved(diffusers_pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("control")
+    diffusers_pipe.save_pretrained(folder / "pipeline")
+    bundle(diffusers_pipe).save_pretrained(folder / "bundle")
+    picture().save(folder / "image.png")
+    write_tracks(folder / "ways.json", Tracks([WAY], height=64, width=64))
+    return folder
+
+
+def generate(folder, name, *options):
+    video = folder / f"{name}.mp4"
+    sizes = ("--height", 64, "--width", 64, "--frames", 3, "--steps", 1, "--references", 0)
+    models = ("--backbone", folder / "pipeline", "--bundle", folder / "bundle", "--out", video)
+    return run_command("generate", folder / "image.png", *models, *sizes, *options), video
+
+
+def test_generate_with_drawn_control(saved):
+    plain_call, plain_video = generate(saved, "plain")
+    drawn_call, drawn_video = generate(saved, "drawn", "--trajectories", saved / "ways.json", "--camera", "pan left")
+    assert plain_call.returncode == drawn_call.returncode == 0, drawn_call.stderr
+    assert plain_video.read_bytes() != drawn_video.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--canvas", "big"), "HEIGHTxWIDTH"),
+        (("--trajectories", "nowhere.json"), "nowhere.json is no file"),
+        (("--camera", "sideways"), "pan left"),
+    ],
+)
+def test_generate_names_what_is_wrong_with_the_control(saved, options, message):
+    done, video = generate(saved, "wrong", *options)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not video.exists()

@@ -12,7 +12,7 @@ from motionrag.adapters import AttentionInjection
 from motionrag.backbones import BACKBONES
 from motionrag.training import BackboneTraining, EncodedClips, InjectionTraining
 from motionrag.training.encoded import load_pipeline
-from tests.test_backbones import pipeline as cogvideox_pipeline
+from tests.backbones.test_cogvideox import pipeline as cogvideox_pipeline
 from tests.training.parts import FRAMES, SIZE, Squares, pipeline, svd_pipeline
 
 COGVIDEOX, SVD = BACKBONES["cogvideox"], BACKBONES["svd"]
