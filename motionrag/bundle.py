@@ -90,6 +90,10 @@ class BundleConfig:
         min_similarity: Below this score nothing is injected (abstention), unless a call says otherwise.
         guidance_scale: Classifier-free guidance of a call that names none; None takes the backbone's.
         num_inference_steps: Denoising steps of a call that names none; None takes 50.
+        height: Pixels of a call that names none; None takes the backbone's own. Likewise width and num_frames.
+        width: Pixels.
+        num_frames: Frames.
+        fps: Frames per second of the videos; None takes the backbone's.
         denoiser: Folder in the bundle with a denoiser that the parts were trained with, in place of the base model's.
         format: Version of this layout.
     """
@@ -104,6 +108,10 @@ class BundleConfig:
     min_similarity: float | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
     denoiser: str | None = None
     format: int = FORMAT
 

@@ -23,9 +23,18 @@ from motionrag.adapters import AttentionInjection, FeatureModulation
 from motionrag.backbones import BACKBONES, Backbone
 from motionrag.bundle import ENCODERS, PARTS, BundleConfig, EncoderSource, MotionBundle, check_tensors
 from motionrag.convert import StateDict
-from motionrag.convert_motionpro import is_motionpro
+from motionrag.convert_motionpro import OTHER_NETWORKS, is_motionpro
 
 HEAD_DIM = 64
+# How MotionPro was trained and is sampled: guidance from 1 at the first frame to 2.5 at the last.
+MOTIONPRO_CALL: dict[str, Any] = {
+    "guidance_scale": 2.5,
+    "num_inference_steps": 25,
+    "height": 320,
+    "width": 512,
+    "num_frames": 16,
+    "fps": 8,
+}
 
 # What keys belong to, beside the parts.
 _FROZEN_ENCODER = "weights of a frozen encoder"
@@ -163,14 +172,11 @@ def convert_files(
     config = BundleConfig(
         backbone=backbone,
         base_model=base_model,
-        encoders=dict(encoders),
+        encoders=dict(encoders) if sizes.keys() != {"feature_modulation"} else {},  # it needs none
         parts={name: sizes[name] for name in PARTS if name in sizes},
         licence=licence,
         base_model_licence=BACKBONES[backbone].public_weights.get(base_model, ""),
-        # Of the published samplings: 1 at the first frame, 2.5 at the last, and 25 steps.
-        guidance_scale=None if denoiser is None else 2.5,
-        num_inference_steps=None if denoiser is None else 25,
-        denoiser=None if denoiser is None else BACKBONES[backbone].denoiser,
+        **({} if denoiser is None else {**MOTIONPRO_CALL, "denoiser": BACKBONES[backbone].denoiser}),
     )
     MotionBundle(config).path_or_id(base_model)
     bundle = _bundle(config, states, report)
@@ -231,6 +237,10 @@ def _read_control(
     unet = _meta_denoiser(backbone, base_model, report)
     check_tensors(unet, unet_state, f"{file}: MotionPro's UNet")
     unet.load_state_dict(unet_state, strict=True, assign=True)
+    unet.register_to_config(num_frames=MOTIONPRO_CALL["num_frames"])  # type: ignore[operator]
+    others = [key for key in state if key.startswith(OTHER_NETWORKS)]
+    if others:
+        report.left_out.append(LeftOut(str(file), others, "the frozen autoencoder and image encoder"))
     flow_scale = unet_state["conv_in.weight"].shape[0] // control["encoder.stem.2.spatial.weight"].shape[0]
     states["feature_modulation"] = control
     with torch.device("meta"):

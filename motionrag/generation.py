@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from motionrag.adapters import AttentionInjection, FeatureModulation, InjectedEffect
+from motionrag.adapters import AttentionInjection, FeatureModulation, InjectedEffect, published_group_norm
 from motionrag.adapters.injection import diffusers_hooks
 from motionrag.backbones import Backbone
 
@@ -28,13 +28,13 @@ class Steering:
         motion_tokens: `(b l d)`, or None for no injection at all.
         motion_scales: Strength of the injection, one for each video.
         flow: `(b f 3 h w)`, displacement from frame 0 and motion mask, or None for no modulation.
-        flow_scale: Strength of the modulation.
+        control_scale: Strength of the modulation.
     """
 
     motion_tokens: Tensor | None
     motion_scales: Sequence[float]
     flow: Tensor | None = None
-    flow_scale: float = 1.0
+    control_scale: float = 1.0
 
     def of(self, index: int) -> "Steering":
         """The part of one video."""
@@ -57,6 +57,7 @@ class SteeredPipeline:
         injection: Brings in motion tokens; attached here.
         modulation: Follows trajectories; attached here. None where the bundle has none.
         unconditional_tokens: Gives `(l d)`, the motion tokens of the unconditional half of guidance.
+        has_published_norm: Whether the denoiser was trained by MotionPro, with other norms than diffusers'.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class SteeredPipeline:
         injection: AttentionInjection | None,
         modulation: FeatureModulation | None,
         unconditional_tokens: Callable[[], Tensor],
+        has_published_norm: bool = False,
     ) -> None:
         self.pipeline, self.backbone = pipeline, backbone
         self.injection, self.modulation = injection, modulation
         self.unconditional_tokens = unconditional_tokens
+        self.has_published_norm = has_published_norm
         self._lock = Lock()
         if injection is not None:
             injection.attach(*self.denoisers)
@@ -133,8 +136,10 @@ class SteeredPipeline:
                 denoiser._reset_stateful_cache()
         effect = InjectedEffect(mean=0.0, per_site={})
         with ExitStack() as conditions:
+            if self.has_published_norm:
+                conditions.enter_context(published_group_norm(self.denoisers[0]))
             if steering.flow is not None:
-                self._modulate(conditions, steering.flow, steering.flow_scale)
+                self._modulate(conditions, steering.flow, steering.control_scale)
             if steering.motion_tokens is None:
                 return self.pipeline(**call).frames, effect
             is_guided = options[self.backbone.guidance_option] > 1
@@ -146,28 +151,26 @@ class SteeredPipeline:
         assert self.injection is not None  # noqa: S101 - motion was refused before without it
         for denoiser in self.denoisers:
             _refuse_what_cannot_be_right(denoiser)
-        device = self._prepare(self.injection)
-        scale = torch.tensor(scales)
+        stored: torch.dtype = self.denoisers[0].dtype
+        # Layerwise casting stores one byte a number and computes in more; float32 is then always right.
+        device = self._prepare(self.injection, stored if stored.itemsize > 1 else torch.float32)
+        tokens, scale = tokens.to(device), torch.tensor(scales, device=device)
         if is_guided:  # two passes, the unconditional rows first
-            tokens = torch.cat([self.unconditional_tokens().expand_as(tokens), tokens])
+            tokens = torch.cat([self.unconditional_tokens().to(tokens).expand_as(tokens), tokens])
             scale = scale.repeat(2)
-        return conditions.enter_context(
-            self.injection.condition(tokens.to(device), scale.to(device), is_guided=is_guided)
-        )
+        return conditions.enter_context(self.injection.condition(tokens, scale, is_guided=is_guided))
 
     def _modulate(self, conditions: ExitStack, flow: Tensor, scale: float) -> None:
         assert self.modulation is not None  # noqa: S101 - control was refused before without it
-        device = self._prepare(self.modulation)
+        # Half precision would round displacements to whole pixels and more; the networks run once a generation.
+        device = self._prepare(self.modulation, torch.float32)
         conditions.enter_context(self.modulation.condition(flow.to(device), scale))
 
-    def _prepare(self, adapter: AttentionInjection | FeatureModulation) -> torch.device:
+    def _prepare(self, adapter: AttentionInjection | FeatureModulation, dtype: torch.dtype) -> torch.device:
         """Bring an adapter to where its denoisers run."""
-        denoisers = self.denoisers
-        adapter.reattach(*denoisers)  # LoRA may have come or gone, the denoiser may be another
+        adapter.reattach(*self.denoisers)  # LoRA may have come or gone, the denoiser may be another
         device: torch.device = self.pipeline._execution_device
-        stored: torch.dtype = denoisers[0].dtype
-        # Layerwise casting stores one byte a number and computes in more; float32 is then always right.
-        adapter.to(device=device, dtype=stored if stored.itemsize > 1 else torch.float32)
+        adapter.to(device=device, dtype=dtype)
         return device
 
     def _in_turn(

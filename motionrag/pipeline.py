@@ -24,7 +24,7 @@ from motionrag.encoders.preprocessing import ImageLike, image_to_tensor
 from motionrag.generation import SteeredPipeline, Steering
 from motionrag.output import MotionRAGOutput
 from motionrag.suggestion import Suggestion, suggest_trajectories
-from motionrag.trajectory import CameraPath, Tracks
+from motionrag.trajectory import CameraPath
 from motionrag.video import read_clip
 
 
@@ -55,6 +55,7 @@ class MotionRAGPipeline:
                 f"The bundle was made for {bundle.config.backbone}, but {type(pipeline).__name__} is of the family "
                 f"{self.backbone.name}."
             )
+        _check_own_denoiser(pipeline, bundle, self.backbone)
         self.pipeline = pipeline
         self.bundle = bundle
         self.encoder = encoder or MotionEncoder(bundle)
@@ -67,6 +68,7 @@ class MotionRAGPipeline:
             injection=bundle.motion_injection if "motion_injection" in parts else None,
             modulation=bundle.feature_modulation if "feature_modulation" in parts else None,
             unconditional_tokens=lambda: bundle.unconditional_tokens,
+            has_published_norm=bundle.config.denoiser is not None and "feature_modulation" in parts,
         )
 
     @classmethod
@@ -145,7 +147,7 @@ class MotionRAGPipeline:
         exclude: Any = None,
         min_similarity: float | None = None,
         published_image_range: bool = False,
-        trajectories: Tracks | Sequence[Any] = (),
+        trajectories: Any = (),
         motion_mask: Any = None,
         camera: str | CameraPath | None = None,
         flow: Tensor | None = None,
@@ -179,8 +181,8 @@ class MotionRAGPipeline:
                 output says so. None takes the bundle's threshold; without one, every reference is used.
             published_image_range: Show CAMA the query image as the published CogVideoX pipeline does, in [0, 1] where
                 the references' images are in [-1, 1]; see docs/parity.md.
-            trajectories: Ways that things take (MotionPro): `RegionTrajectory`, or lists of points (x, y) in pixels of
-                the image; or `Tracks` from a file. For several images they are the same in each.
+            trajectories: Ways that things take (MotionPro): `RegionTrajectory` or several, or lists of points (x, y) in
+                pixels of the image; or `Tracks` from a file. For several images they are the same in each.
             motion_mask: Region that may move besides: file, picture, or array of the image's size.
             camera: Camera move by name, such as "pan left", or a `CameraPath` from a pose file.
             flow: In place of these three, the condition itself: `(b f 3 h w)` or `(f 3 h w)` at the video's size,
@@ -204,11 +206,16 @@ class MotionRAGPipeline:
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}.')
-        self._check_options(negative_prompt, pipeline_options)
         images, prompts = _as_batch(image, prompt)
+        self._check_options(negative_prompt, pipeline_options, len(images))
         is_single = not isinstance(image, (list, tuple)) and isinstance(prompt, str)
-        height, width, num_frames = self.backbone.output_size(self.pipeline, height, width, num_frames)
         defaults = self.bundle.config
+        height, width, num_frames = self.backbone.output_size(
+            self.pipeline,
+            _first_given(height, defaults.height),
+            _first_given(width, defaults.width),
+            _first_given(num_frames, defaults.num_frames),
+        )
         guidance_scale = _first_given(guidance_scale, defaults.guidance_scale, self.backbone.guidance_scale)
         num_inference_steps = _first_given(num_inference_steps, defaults.num_inference_steps, 50)
         pixels = [image_to_tensor(each) for each in images]
@@ -216,14 +223,14 @@ class MotionRAGPipeline:
 
         search = {"weights": retrieval_weights, "where": where, "exclude": exclude}
         threshold = self.bundle.config.min_similarity if min_similarity is None else min_similarity
-        sizes = [(each.shape[1], each.shape[2]) for each in pixels]
-        drawn = {"trajectories": trajectories, "motion_mask": motion_mask, "camera": camera}
-        control = self._control(drawn, flow, sizes, (height, width), num_frames, control_scale)
+        drawn = _given_control(trajectories, motion_mask, camera, flow)
         is_asked = motion_tokens is not None or references is not None or self.database is not None
         # Control may stand alone: then nobody has to say that there is nothing to retrieve from.
-        wants_motion = motion_scale != 0 and num_references != 0 and (is_asked or control is None)
+        wants_motion = motion_scale != 0 and num_references != 0 and (is_asked or not drawn)
         if wants_motion:
             _ = self.injection  # refuses a bundle that cannot bring it in
+        sizes = [(each.shape[1], each.shape[2]) for each in pixels]
+        control = self._control(drawn, sizes, (height, width), num_frames) if drawn and control_scale != 0 else None
         if references is not None and num_references == 0:
             raise ValueError("num_references=0 asks for the plain backbone, but references are given; leave one out.")
         if motion_tokens is not None and (references is not None or num_references == 0):
@@ -255,7 +262,7 @@ class MotionRAGPipeline:
             **pipeline_options,
         }
         scales = [motion_scale if injected else 0.0 for injected in is_injected]
-        steering = Steering(motion_tokens, scales, flow=control, flow_scale=control_scale)
+        steering = Steering(motion_tokens if any(scales) else None, scales, flow=control, control_scale=control_scale)
         frames, effect = self._steered(pictures, prompts, steering, options)
         return MotionRAGOutput(
             frames=frames,
@@ -263,7 +270,7 @@ class MotionRAGPipeline:
             abstained=abstained[0] if is_single else abstained,
             injected_effect=effect,
             motion_tokens=motion_tokens,
-            fps=self.backbone.fps(self.pipeline),
+            fps=_first_given(defaults.fps, self.backbone.fps(self.pipeline)),
             settings={
                 "prompt": prompts[0] if is_single else prompts,
                 "negative_prompt": negative_prompt,
@@ -422,24 +429,16 @@ class MotionRAGPipeline:
     def _control(
         self,
         drawn: Mapping[str, Any],
-        flow: Tensor | None,
         image_sizes: Sequence[tuple[int, int]],
         video_size: tuple[int, int],
         num_frames: int,
-        scale: float,
-    ) -> Tensor | None:
-        """The flow that the modulation follows, `(b f 3 h w)`; None without control."""
-        given = [
-            name for name, value in drawn.items() if value is not None and not (name == "trajectories" and not value)
-        ]
-        if flow is not None and given:
-            raise ValueError(f"flow is the whole condition; leave out {' and '.join(given)}.")
-        if scale == 0 or (flow is None and not given):
-            return None
+    ) -> Tensor:
+        """The flow that the modulation follows, `(b f 3 h w)`."""
         _ = self.modulation  # refuses a bundle that cannot follow
-        if flow is None:
+        if "flow" not in drawn:
             arguments = {**drawn, "video_size": video_size, "num_frames": num_frames}
             return torch.stack([control_flow(image_size=size, **arguments) for size in image_sizes])
+        flow: Tensor = drawn["flow"]
         expected = (len(image_sizes), num_frames, 3, *video_size)
         flow = flow.expand(expected) if flow.ndim == 4 and flow.shape == expected[1:] else flow
         if tuple(flow.shape) != expected:
@@ -464,12 +463,40 @@ class MotionRAGPipeline:
             )
         return torch.stack(predictions)
 
-    def _check_options(self, negative_prompt: str | list[str] | None, options: Mapping[str, Any]) -> None:
-        """Refuse what this family's pipeline does not take, and what would bypass the injection."""
+    def _check_options(
+        self, negative_prompt: str | list[str] | None, options: Mapping[str, Any], num_images: int
+    ) -> None:
+        """Refuse what this family's pipeline does not take, and what would bypass or mix up the adapters."""
+        if num_images > 1 and options.get("num_videos_per_prompt", 1) != 1:
+            raise ValueError(
+                "num_videos_per_prompt is for one image; repeat the images of several in the list instead."
+            )
         if negative_prompt is not None and self.backbone.embed_prompts is None:
             raise ValueError(f"{self.backbone.name} reads no text, so there is no negative prompt; leave it out.")
         if self.backbone.guidance_option in options:
             raise ValueError(f"Pass guidance_scale=… in place of {self.backbone.guidance_option}=….")
+
+
+def _check_own_denoiser(pipeline: Any, bundle: MotionBundle, backbone: Backbone) -> None:
+    """Refuse the base model's denoiser where the parts were trained with another, which fits by its shapes."""
+    if bundle.config.denoiser is None:
+        return
+    expected = bundle.path_or_id(bundle.config.denoiser)
+    if backbone.denoisers(pipeline)[0].config.get("_name_or_path") != expected:
+        raise ValueError(
+            f"The bundle was trained with a {backbone.denoiser} of its own: load the pipeline by "
+            f"MotionRAGPipeline.from_pretrained(bundle), or with the {backbone.denoiser} from {expected}."
+        )
+
+
+def _given_control(trajectories: Any, motion_mask: Any, camera: Any, flow: Tensor | None) -> dict[str, Any]:
+    """The arguments of control that were given, by name."""
+    is_empty = trajectories is None or (hasattr(trajectories, "__len__") and len(trajectories) == 0)
+    drawn = {"trajectories": None if is_empty else trajectories, "motion_mask": motion_mask, "camera": camera}
+    drawn = {name: value for name, value in drawn.items() if value is not None}
+    if flow is not None and drawn:
+        raise ValueError(f"flow is the whole condition; leave out {' and '.join(drawn)}.")
+    return drawn if flow is None else {"flow": flow}
 
 
 def _count(module: nn.Module) -> int:
@@ -477,8 +504,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _first_given(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
+    """The first value that is not None; None if all are."""
+    return next((value for value in values if value is not None), None)
 
 
 def _as_batch(image: Any, prompt: str | Sequence[str]) -> tuple[list[Any], list[str]]:

@@ -144,10 +144,36 @@ def test_a_camera_move_is_added_to_the_ways_and_lets_everything_move():
     assert moved.abs().sum(0).min() > 0
 
 
+def test_what_stays_is_not_told_of_the_camera_and_what_leaves_keeps_no_half_of_its_way():
+    sizes = {"image_size": SIZE, "video_size": SIZE, "num_frames": 4, "camera": "truck right"}
+    pinned = control_flow(**sizes, trajectories=[[(32, 32)]])
+    assert not pinned[:, :2, 28:36, 28:36].any()
+    # The picture goes left: a block at that side leaves it, and is told of its own motion alone.
+    border = control_flow(**sizes, trajectories=[[(4, 32), (4, 40)]])
+    visible = border[-1, 1, 28:36, 0:8] != 0
+    assert visible.all()
+    camera_share = border[:, 0, 28:36, 0:8]
+    ended = camera_share[-1] == 0
+    assert not camera_share[:, ended].any()
+
+
+def test_a_thin_stroke_on_a_large_image_is_kept():
+    brush = np.zeros((640, 640), np.uint8)
+    brush[300:302] = 1
+    flow = control_flow(image_size=(640, 640), video_size=SIZE, num_frames=2, motion_mask=brush)
+    assert flow[0, 2, 30].all()
+
+
+def test_a_point_at_the_edge_of_any_image_stays_inside():
+    for width in range(500, 600):
+        ways = [RegionTrajectory([(0.5, 0.5), (1.0, 1.0)], normalised=True)]
+        control_flow(image_size=(width, width), video_size=(576, 576), num_frames=2, trajectories=ways)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"trajectories": [[(5, 5), (500, 5)]]}, r"trajectories\[0\]"),
+        ({"trajectories": [[(5, 5), (500, 5)]]}, r"trajectories\[0\] leaves the image of 64x64"),
         ({"trajectories": [WAY, [(float("nan"), 3)]]}, r"trajectories\[1\]"),
         ({"motion_mask": np.ones((8, 8))}, "8x8 pixels, the image 64x64"),
         ({"camera": "sideways"}, "pan left"),
@@ -215,6 +241,50 @@ def test_the_condition_itself_can_be_given(pipe):
         plain(pipe, flow=flow, trajectories=[WAY], camera="pan left")
     with pytest.raises(ValueError, match=r"flow must be \(1, 3, 3, 64, 64\) or \(3, 3, 64, 64\), got \(2, 3, 64, 64\)"):
         plain(pipe, flow=flow[:2])
+
+
+@pytest.mark.parametrize(
+    "form", [lambda way: np.array([way]), lambda way: [np.array(way)], lambda way: RegionTrajectory(way)]
+)
+def test_ways_come_in_many_forms(pipe, form):
+    assert torch.equal(plain(pipe, trajectories=form(WAY)), plain(pipe, trajectories=[WAY]))
+
+
+def test_no_way_is_no_control(pipe):
+    for nothing in (None, (), [], np.zeros((0, 2, 2))):
+        assert torch.equal(plain(pipe, trajectories=nothing), plain(pipe))
+    mask = np.ones(SIZE)
+    assert torch.equal(plain(pipe, trajectories=None, motion_mask=mask), plain(pipe, motion_mask=mask))
+
+
+def test_control_of_scale_zero_is_left_out_and_asks_for_no_database(pipe):
+    assert torch.equal(run(pipe, trajectories=[WAY], control_scale=0), plain(pipe))
+
+
+def test_motion_of_scale_zero_is_left_out(pipe):
+    assert torch.equal(run(pipe, motion_tokens=tokens(), motion_scale=0), plain(pipe))
+
+
+def test_several_images_with_several_videos_each_are_refused(pipe):
+    with pytest.raises(ValueError, match="num_videos_per_prompt is for one image"):
+        plain(pipe, [picture(), picture(seed=1)], num_videos_per_prompt=2)
+
+
+def test_half_precision_keeps_displacements_exact(diffusers_pipe):
+    """A displacement of 129 pixels would become 128 in bfloat16."""
+    pipe = MotionRAGPipeline(diffusers_pipe, bundle(diffusers_pipe))
+    flow = torch.zeros(1, FRAMES, 3, *SIZE)
+    videos = []
+    try:
+        pipe.pipeline.to(torch.bfloat16)
+        for displacement in (128.0, 129.0):
+            flow[:, 1:, 0] = displacement
+            videos.append(plain(pipe, flow=flow))
+    finally:
+        pipe.pipeline.to(torch.float32)
+        pipe.injection.detach()
+        pipe.modulation.detach()
+    assert not torch.equal(*videos)
 
 
 def test_several_images_get_the_ways_at_their_own_size(pipe):

@@ -179,7 +179,9 @@ def test_the_published_file_becomes_a_bundle_that_gives_the_published_numbers(ba
     assert any("its LoRA merged" in note for note in report.notes)
 
     bundle = MotionBundle.from_pretrained(tmp_path / "bundle")
+    assert (bundle.config.height, bundle.config.width, bundle.config.num_frames, bundle.config.fps) == (320, 512, 16, 8)
     assert bundle.config.guidance_scale == 2.5
+    assert bundle.config.encoders == {}
     unet = UNetSpatioTemporalConditionModel.from_pretrained(bundle.path_or_id(bundle.config.denoiser)).eval()
     case = load_networks("checkpoint_tiny_io")
     bundle.feature_modulation.attach(unet)
@@ -202,6 +204,13 @@ def test_the_bundles_own_denoiser_takes_the_base_models_place(base_model, tmp_pa
     for name, weight in pipe.pipeline.unet.state_dict().items():
         assert torch.equal(weight, unet.state_dict()[name])
     assert pipe.modulation.is_attached
+    assert pipe.pipeline.unet.config.num_frames == 16
+
+    from diffusers import StableVideoDiffusionPipeline
+
+    plain = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=r"a unet of its own.*from_pretrained\(bundle\).*moved/unet"):
+        MotionRAGPipeline(plain, MotionBundle.from_pretrained(tmp_path / "moved"))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +228,13 @@ def test_what_cannot_be_a_bundle_is_refused_and_leaves_no_folder(base_model, tmp
     with pytest.raises(ValueError, match=message):
         convert_files(files, tmp_path / "bundle", backbone=backbone, base_model=str(base_model))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_other_networks_in_the_file_are_reported_as_left_out(base_model, tmp_path):
+    state = {**tiny_state(), "first_stage_model.decoder.conv_in.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "more.pt")
+    report = convert_files([tmp_path / "more.pt"], tmp_path / "bundle", backbone="svd", base_model=str(base_model))
+    assert [each.keys for each in report.left_out] == [["first_stage_model.decoder.conv_in.weight"]]
 
 
 def test_a_file_that_lacks_a_tensor_is_refused_by_name(base_model, tmp_path):

@@ -84,6 +84,8 @@ def camera_flow(
     """
     import torch
 
+    if not isinstance(move, str | CameraPath):
+        raise ValueError(f"A camera move is a name or what read_poses gives; this is {move!r}.")
     scene = _checked_depth(depth, height, width)
     if isinstance(move, str):
         path = _named_path(move, amount, num_frames, float(np.median(scene)), height, width)
@@ -206,7 +208,7 @@ def _checked_depth(depth: Any, height: int, width: int) -> np.ndarray:
 def _named_path(
     move: str, amount: float | None, num_frames: int, distance: float, height: int, width: int
 ) -> CameraPath:
-    turns = move.split()[0] in ("pan", "tilt", "roll", "rotate")
+    turns = move.startswith(("pan", "tilt", "roll", "rotate"))
     chosen = (10.0 if turns else 0.2) if amount is None else amount
     if not (math.isfinite(chosen) and chosen >= 0) or (move.startswith("zoom") and chosen >= 1):
         raise ValueError(f"amount={amount} does not fit {move!r}; use 0 or more, and below 1 for zoom.")

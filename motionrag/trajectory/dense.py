@@ -58,7 +58,7 @@ def merge_flows(*motions: Any, published: bool = False) -> "tuple[Tensor, Tensor
     """Let several motions happen together, such as an object's and the camera's.
 
     Args:
-        *motions: pairs of flow `(f, h, w, 2)` and visible `(f, h, w)`, all of one size.
+        *motions: pairs of flow `(f, h, w, 2)` and visible `(f, h, w)`, or `(h, w)` for all frames; all of one size.
         published: repeat the released code: flows and their sum pass through float16, and a frame's visibility is
             that of the frame before (frame 0: all).
 
@@ -74,6 +74,10 @@ def merge_flows(*motions: Any, published: bool = False) -> "tuple[Tensor, Tensor
         raise ValueError("merge_flows needs at least one pair of flow and visibility.")
     flows = [torch.as_tensor(flow, dtype=torch.float32) for flow, _ in motions]
     seen = [torch.as_tensor(visible) != 0 for _, visible in motions]
+    seen = [
+        shown.expand(flow.shape[:-1]) if shown.ndim == 2 and shown.shape == flow.shape[1:3] else shown
+        for flow, shown in zip(flows, seen, strict=True)
+    ]
     shapes = {(*flow.shape[:-1],) for flow in flows} | {(*visible.shape,) for visible in seen}
     if len(shapes) != 1:
         raise ValueError(f"All motions need the same frames, rows and columns; these have {sorted(shapes)}.")

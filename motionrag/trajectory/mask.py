@@ -88,7 +88,8 @@ def _brushed_picture(image: Any) -> np.ndarray:
 
 
 def _brushed_array(source: Any) -> np.ndarray:
-    array = np.asarray(source)
+    # A tensor may be on another device, or part of a graph.
+    array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
     if array.ndim not in (2, 3):
-        raise ValueError(f"A mask has shape (h, w) or (h, w, c); this one has {array.shape}.")
+        raise ValueError(f"A mask has shape (h, w) or (h, w, c), channels last; this one has {array.shape}.")
     return array != 0 if array.ndim == 2 else (array != 0).any(-1)

@@ -51,7 +51,10 @@ class RegionTrajectory:
         """The same way in pixels of an image of this size; a way that is in pixels already is returned as it is."""
         if not self.normalised:
             return self
-        return RegionTrajectory(np.array(self.points) * (width, height), may_leave=self.may_leave)
+        points = np.array(self.points)
+        # The far edge, a share of 1, is the last pixel's: it belongs to the image.
+        pixels = np.where(points == 1, np.nextafter((width, height), 0), points * (width, height))
+        return RegionTrajectory(pixels, may_leave=self.may_leave)
 
     def resized(self, old: tuple[int, int], new: tuple[int, int]) -> "RegionTrajectory":
         """Follow a resized image.
@@ -125,9 +128,9 @@ def rasterise(
     """Write drawn ways into the flow and motion mask that MotionPro is conditioned on.
 
     Each way fills the 8×8 block around its first point, rows y-4 to y+3 and columns x-4 to x+3, cut at the border,
-    with its displacement from frame 0. Where blocks overlap, later ways win. The mask is the brush with the blocks of
-    moving ways added and those of stationary ones taken out: in training the mask is where the video moves, so flow 0
-    inside it says "moves, nobody knows where to", and flow 0 outside it says "stays".
+    with its displacement from frame 0. Where blocks overlap, later ways win. The mask is the brush and all blocks. In
+    training it is where the video moves, and flow 0 inside says "moves, nobody knows where to": what must stay is best
+    left out of the brush.
 
     Args:
         trajectories: ways as `RegionTrajectory`, or plain lists of points in pixels; may be empty.
@@ -156,10 +159,10 @@ def rasterise(
         _write_published(flow, mask, ways)
     else:
         for index, way in enumerate(ways):
-            _check_inside(way, index, height, width)
-            block = _block_at(way.points[0], height, width)
+            check_inside(way, index, height, width)
+            block = block_at(way.points[0], height, width)
             flow[:, block[0], block[1]] = _displacement(np.array(way.points), num_frames)
-            mask[block] = not way.stationary
+            mask[block] = True
     frames = repeat(mask, "h w -> f h w 1", f=num_frames).astype(np.float32)
     return torch.from_numpy(flow), torch.from_numpy(frames)
 
@@ -205,11 +208,22 @@ def _named_trajectory(way: Any, index: int, height: int, width: int) -> RegionTr
 
 
 def _inside(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Which points lie in the image, its far edges included: a normalised 1.0 is no mistake."""
-    return np.asarray(((points >= 0) & (points <= (width, height))).all(axis=1))
+    """Which points lie in the image."""
+    return np.asarray(((points >= 0) & (points < (width, height))).all(axis=1))
 
 
-def _check_inside(way: RegionTrajectory, index: int, height: int, width: int) -> None:
+def check_inside(way: RegionTrajectory, index: int, height: int, width: int) -> None:
+    """Refuse a way that starts outside the image, or leaves it without saying so.
+
+    Args:
+        way: in pixels.
+        index: its number, for the error.
+        height: rows of the image.
+        width: columns of the image.
+
+    Raises:
+        ValueError: names the way and the point.
+    """
     inside = _inside(np.array(way.points), height, width)
     if not inside[0]:
         raise ValueError(
@@ -228,7 +242,17 @@ def _show(point: tuple[float, float]) -> str:
     return f"({point[0]:g}, {point[1]:g})"
 
 
-def _block_at(point: tuple[float, float], height: int, width: int) -> tuple[slice, slice]:
+def block_at(point: tuple[float, float], height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of the 8×8 block around a point, cut at the border.
+
+    Args:
+        point: x, y in pixels.
+        height: rows of the image.
+        width: columns of the image.
+
+    Returns:
+        Rows and columns.
+    """
     x, y = min(int(point[0]), width - 1), min(int(point[1]), height - 1)
     half = BLOCK // 2
     return slice(max(y - half, 0), min(y + half, height)), slice(max(x - half, 0), min(x + half, width))

@@ -201,6 +201,10 @@ def test_every_move_starts_still_and_moves():
 def test_bad_camera_input(tmp_path):
     with pytest.raises(ValueError, match=r"'fly' is no camera move; use one of pan left"):
         camera_flow("fly", **SIZE)
+    with pytest.raises(ValueError, match="'' is no camera move"):
+        camera_flow("", **SIZE)
+    with pytest.raises(ValueError, match="a name or what read_poses gives"):
+        camera_flow(tmp_path, **SIZE)
     with pytest.raises(ValueError, match="below 1 for zoom"):
         camera_flow("zoom in", **SIZE, amount=1)
     with pytest.raises(ValueError, match="distances above 0"):
