@@ -15,7 +15,7 @@ def test_python_blocks_print_what_they_say(tmp_path, monkeypatch, capsys):
         exec(compile(block, "trajectories.md", "exec"), namespace)  # the page is ours
     assert capsys.readouterr().out.splitlines() == [
         "torch.Size([16, 96, 160, 2]) torch.Size([16, 96, 160, 1])",
-        "[100.0, 30.0] 128",
+        "[100.0, 30.0] 192",
         "(20.0, 15.0) (20.0, 30.0)",
         "True 1.0",
     ]
