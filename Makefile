@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # A process for each core, and one thread each: networks in tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-int8 lint format clean
 
 demo: .venv/installed
 	$(BIN)/motionrag demo
@@ -17,6 +17,11 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(PYTEST) -m "not slow"
+
+# torchao is no part of the environment: diffusers would print its warnings in every command.
+test-int8: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/int8 'torchao>=0.15'
+	PYTHONPATH=.venv/int8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backbones/every/test_memory.py -k int8
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -450,7 +450,7 @@ class MotionBundle:
             # A bare name is never asked of the hub: it would give whatever somebody called so.
             raise FileNotFoundError(
                 f"The bundle {self.folder or 'in memory'} names {source!r}, which is no folder in it and no hub id "
-                "(owner/name); fetch the bundle again."
+                "(owner/name); correct the name, or fetch the bundle again."
             )
         return source if inside is None else str(inside)
 
@@ -518,7 +518,8 @@ def check_tensors(module: nn.Module, state: dict[str, Tensor], origin: str) -> N
         origin: Named in errors.
 
     Raises:
-        ValueError: If keys or shapes differ, all of them listed, or a tensor holds NaN or infinity.
+        ValueError: If keys or shapes differ, which are listed (at most 100 of a kind), or a tensor holds NaN or
+            infinity.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
@@ -530,9 +531,16 @@ def check_tensors(module: nn.Module, state: dict[str, Tensor], origin: str) -> N
             if expected[key] != found[key]
         ]
         raise ValueError(
-            f"{origin} does not fit {type(module).__name__}: missing: {missing or 'none'}; "
-            f"unexpected: {unexpected or 'none'}; other shapes: {sorted(reshaped) or 'none'}."
+            f"{origin} does not fit {type(module).__name__}: missing: {_listed(missing)}; "
+            f"unexpected: {_listed(unexpected)}; other shapes: {_listed(sorted(reshaped))}."
         )
     damaged = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if damaged:
         raise ValueError(f"{origin} holds NaN or infinity in {', '.join(damaged)}; fetch or convert it again.")
+
+
+def _listed(keys: list[str], most: int = 100) -> str:
+    """Keys for an error: of another network there are thousands."""
+    if len(keys) > most:
+        return f"{keys[:most]} and {len(keys) - most} more"
+    return str(keys or "none")

@@ -184,7 +184,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     dtype: Annotated[Precision, typer.Option(help="Working precision of the backbone.")] = Precision.float32,
-    offload: Annotated[Offload, typer.Option(help="Save accelerator memory.")] = Offload.none,
+    offload: Annotated[Offload, typer.Option(help="Save accelerator memory; needs --device.")] = Offload.none,
     as_json: AsJSON = False,
 ) -> None:
     """Generate a video from an image, with motion retrieved from a database."""
@@ -194,6 +194,10 @@ def generate(
     from motionrag.trajectory import read_tracks
 
     rows, columns = _canvas(canvas)
+    if canvas is not None and trajectories is None:
+        raise typer.BadParameter("--canvas belongs to --trajectories")
+    if offload is not Offload.none and torch.device(device).type == "cpu":
+        raise typer.BadParameter(f"--offload {offload.value} moves parts to an accelerator; add --device cuda")
     _hide_loading_bars()
     pipe = MotionRAGPipeline.from_pretrained(
         backbone, bundle=bundle, database=database, dtype=getattr(torch, dtype.torch_name)
@@ -233,7 +237,11 @@ def generate(
     _print_references(output.references)  # type: ignore[arg-type] # one image: one list
     if output.abstained:
         print("No clip was similar enough: this is the plain backbone's video.")
-    print(f"Injected effect: {output.injected_effect.mean:.3f} of the attention's output. Written: {video}")
+    if output.motion_tokens is not None:
+        print(f"Injected effect: {output.injected_effect.mean:.3f} of the attention's output.")
+    if output.settings["control_scale"] is not None:
+        print(f"Control: {', '.join(output.settings['control'])}, strength {control_scale:g}.")
+    print(f"Written: {video}")
     if not pipe.bundle.config.trained:
         print("These weights are untrained: the video shows that everything runs, no more.", file=sys.stderr)
 

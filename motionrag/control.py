@@ -4,6 +4,7 @@ The image is stretched to the video's size, as diffusers does, and what is drawn
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,6 +75,10 @@ def control_flow(
 
 def _stretched(trajectories: Any, image_size: Size, video_size: Size) -> list[RegionTrajectory]:
     """Ways in pixels of the video, of ways on the image, where they are checked."""
+    if isinstance(trajectories, str | os.PathLike):
+        raise ValueError(
+            f"trajectories is the name {str(trajectories)!r}; read the file: read_tracks({str(trajectories)!r})."
+        )
     if isinstance(trajectories, RegionTrajectory):
         trajectories = [trajectories]
     if isinstance(trajectories, Tracks):

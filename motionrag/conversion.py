@@ -156,6 +156,7 @@ def convert_files(
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
     report = ConversionReport(str(folder))
+    MotionBundle(BundleConfig(backbone, base_model, encoders={})).path_or_id(base_model)  # refuses a misspelt one
     contents = {Path(file): convert.load_published(file) for file in files}
     controls = {file: state for file, state in contents.items() if is_motionpro(state)}
     others = {file: state for file, state in contents.items() if file not in controls}
@@ -178,7 +179,6 @@ def convert_files(
         base_model_licence=BACKBONES[backbone].public_weights.get(base_model, ""),
         **({} if denoiser is None else {**MOTIONPRO_CALL, "denoiser": BACKBONES[backbone].denoiser}),
     )
-    MotionBundle(config).path_or_id(base_model)
     bundle = _bundle(config, states, report)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
@@ -234,10 +234,10 @@ def _read_control(
         control, unet_state = convert.modulation(state), convert.svd_unet(state)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    unet = _meta_denoiser(backbone, base_model, report)
-    check_tensors(unet, unet_state, f"{file}: MotionPro's UNet")
+    unet = _meta_denoiser(backbone, base_model) or _published_svd(base_model, report)
+    check_tensors(unet, unet_state, f"{file}: MotionPro's UNet, compared with that of {base_model},")
     unet.load_state_dict(unet_state, strict=True, assign=True)
-    unet.register_to_config(num_frames=MOTIONPRO_CALL["num_frames"])  # type: ignore[operator]
+    unet.register_to_config(num_frames=MOTIONPRO_CALL["num_frames"])
     others = [key for key in state if key.startswith(OTHER_NETWORKS)]
     if others:
         report.left_out.append(LeftOut(str(file), others, "the frozen autoencoder and image encoder"))
@@ -250,18 +250,30 @@ def _read_control(
     return unet
 
 
-def _meta_denoiser(backbone: Backbone, base_model: str, report: ConversionReport) -> nn.Module:
-    """The base model's denoiser without weights; of the published sizes where its config is not on this machine."""
+def _meta_denoiser(backbone: Backbone, base_model: str) -> Any:
+    """The base model's denoiser without weights; None if its config is not on this machine."""
     import diffusers
 
     denoiser_class = getattr(diffusers, backbone.denoiser_class)
     try:
         config = denoiser_class.load_config(base_model, subfolder=backbone.denoiser, local_files_only=True)
     except OSError:
-        config = {}
-        report.notes.append(f"Sizes of the UNet: diffusers' own for SVD, as the config of {base_model} is not here")
+        return None
+    if config.get("_class_name") != backbone.denoiser_class:
+        raise ValueError(
+            f"{base_model} holds a {config.get('_class_name')}, not the {backbone.denoiser_class} of {backbone.name}."
+        )
+    with torch.device("meta"):  # gigabytes, of which the shapes are needed
+        return denoiser_class.from_config(config)
+
+
+def _published_svd(base_model: str, report: ConversionReport) -> Any:
+    """SVD's UNet of the published sizes, which are diffusers' defaults, without weights."""
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    report.notes.append(f"Sizes of the UNet: SVD's published ones, since the config of {base_model} is not here")
     with torch.device("meta"):
-        return denoiser_class.from_config(config) if config else denoiser_class()
+        return UNetSpatioTemporalConditionModel()
 
 
 def _groups(file: Path, state: StateDict, prefix: str) -> dict[str, StateDict]:
@@ -412,23 +424,13 @@ def _heads(width: int, head_dim: int, where: str) -> int:
 
 def _read_heads(sizes: dict[str, Any], backbone: Backbone, base_model: str, report: ConversionReport) -> None:
     """Take the numbers of heads from the base model, if its config is on this machine."""
-    import diffusers
-
-    denoiser_class = getattr(diffusers, backbone.denoiser_class)
-    try:
-        config = denoiser_class.load_config(base_model, subfolder=backbone.denoiser, local_files_only=True)
-    except OSError:
+    model = _meta_denoiser(backbone, base_model)
+    if model is None:
         report.notes.append(
             f"Heads of the injection: hidden channels / head dim, since the config of {base_model} is not on this "
             "machine"
         )
         return
-    if config.get("_class_name") != backbone.denoiser_class:
-        raise ValueError(
-            f"{base_model} holds a {config.get('_class_name')}, not the {backbone.denoiser_class} of {backbone.name}."
-        )
-    with torch.device("meta"):  # gigabytes, of which the shapes are needed
-        model = denoiser_class.from_config(config)
     fitting = AttentionInjection.for_model(model, sizes["token_dim"], list(sizes["sites"])).config()["sites"]
     wrong = [site for site, (hidden, _) in fitting.items() if hidden != sizes["sites"][site][0]]
     if wrong:

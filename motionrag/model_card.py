@@ -71,8 +71,7 @@ their own and are in this folder only where they are named by a path in it:
 {_table(("for", "weights", "licence"), pulled)}
 
 ```
-motionrag index clips/ --encoder BUNDLE --out DB
-motionrag generate image.png --prompt "what happens" --backbone BUNDLE --database DB --out video.mp4
+{_usage(parts)}
 ```
 
 BUNDLE is this folder or its hub id.
@@ -92,6 +91,19 @@ def _metadata(config: "BundleConfig", hub_base_model: str | None) -> str:
         "tags": ["motionrag", config.backbone],
     }
     return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items() if value)
+
+
+def _usage(parts: Mapping[str, nn.Module]) -> str:
+    """Commands for what the bundle can do."""
+    lines = []
+    if "motion_injection" in parts:
+        lines += [
+            "motionrag index clips/ --encoder BUNDLE --out DB",
+            'motionrag generate image.png --prompt "what happens" --backbone BUNDLE --database DB --out video.mp4',
+        ]
+    if "feature_modulation" in parts:
+        lines.append("motionrag generate image.png --trajectories ways.json --backbone BUNDLE --out video.mp4")
+    return "\n".join(lines) or "motionrag info BUNDLE"
 
 
 def _size(part: nn.Module) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from motionrag.encoders.preprocessing import ImageLike, image_to_tensor
 from motionrag.generation import SteeredPipeline, Steering
 from motionrag.output import MotionRAGOutput
 from motionrag.suggestion import Suggestion, suggest_trajectories
-from motionrag.trajectory import CameraPath
+from motionrag.trajectory import CameraPath, RegionTrajectory, Tracks
 from motionrag.video import read_clip
 
 
@@ -123,6 +123,8 @@ class MotionRAGPipeline:
 
     @database.setter
     def database(self, database: MotionDatabase | str | Path | None) -> None:
+        if database is not None and "motion_injection" not in self.bundle.config.parts:
+            raise ValueError("This bundle has no motion_injection, so it has no use for a database; leave it out.")
         if isinstance(database, (str, Path)):
             # One set of encoders serves both, unless the database has a text encoder of its own.
             is_shared = Manifest.read(Path(database)).encoder["text_encoder"] == self.encoder.text_source
@@ -277,6 +279,7 @@ class MotionRAGPipeline:
                 "num_references": num_references,
                 "motion_scale": motion_scale,
                 "min_similarity": threshold,
+                "control": {name: _in_words(value) for name, value in drawn.items()},
                 "control_scale": None if control is None else control_scale,
                 "height": height,
                 "width": width,
@@ -374,7 +377,10 @@ class MotionRAGPipeline:
     def injection(self) -> AttentionInjection:
         """The attention adapter, attached: what motion tokens enter by."""
         if self._steered.injection is None:
-            raise ValueError("This bundle has no motion_injection, so no motion can be brought in: num_references=0.")
+            raise ValueError(
+                "This bundle has no motion_injection, so no motion can enter: pass trajectories, or ask for the "
+                "plain backbone with num_references=0 (--references 0)."
+            )
         return self._steered.injection
 
     @property
@@ -402,8 +408,8 @@ class MotionRAGPipeline:
             raise ValueError(f"num_references must be 0 or more, got {k}.")
         if self.database is None:
             raise ValueError(
-                "There is no database to retrieve motion from: set pipe.database = 'FOLDER', pass references=…, "
-                "or ask for the plain backbone with num_references=0."
+                "There is no database to retrieve motion from: set pipe.database = 'FOLDER' (--database FOLDER), pass "
+                "references=…, or ask for the plain backbone with num_references=0 (--references 0)."
             )
         if weights is None:
             by_text = bool(prompt.strip()) and self.database.has_captions
@@ -497,6 +503,21 @@ def _given_control(trajectories: Any, motion_mask: Any, camera: Any, flow: Tenso
     if flow is not None and drawn:
         raise ValueError(f"flow is the whole condition; leave out {' and '.join(drawn)}.")
     return drawn if flow is None else {"flow": flow}
+
+
+def _in_words(drawn: Any) -> Any:
+    """What was drawn, as JSON values: names and points as they are, pictures and tensors by their kind."""
+    if isinstance(drawn, (str, Path)):
+        return str(drawn)
+    if isinstance(drawn, Tracks):
+        drawn = drawn.trajectories
+    if isinstance(drawn, RegionTrajectory):
+        return [list(point) for point in drawn.points]
+    if isinstance(drawn, (list, tuple)):
+        return [_in_words(each) for each in drawn]
+    if isinstance(drawn, (int, float)):
+        return drawn
+    return f"{type(drawn).__name__} {'×'.join(map(str, getattr(drawn, 'shape', ())))}".strip()
 
 
 def _count(module: nn.Module) -> int:

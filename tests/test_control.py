@@ -1,5 +1,6 @@
 """Control on the pipeline: trajectories, mask and camera on a tiny SVD, alone and together with motion tokens."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,8 @@ def test_a_fresh_modulation_changes_nothing(diffusers_pipe):
     assert torch.equal(plain(pipe, trajectories=[WAY]), expected)
     with pytest.raises(ValueError, match="no motion_injection"):
         run(pipe, motion_tokens=tokens())
+    with pytest.raises(ValueError, match=r"read the file: read_tracks\('ways.json'\)"):
+        plain(pipe, trajectories="ways.json")
     pipe.modulation.detach()
 
 
@@ -408,3 +411,27 @@ def test_generate_names_what_is_wrong_with_the_control(saved, options, message):
     assert done.returncode != 0
     assert message in done.stderr
     assert not video.exists()
+
+
+def test_generate_says_what_the_control_was_and_records_it(saved):
+    done, video = generate(saved, "said", "--trajectories", saved / "ways.json", "--motion-mask", saved / "image.png")
+    assert "Control: trajectories, motion_mask, strength 1." in done.stdout
+    assert "Injected effect" not in done.stdout
+    report = json.loads(video.with_suffix(".json").read_text())
+    assert report["control"] == {
+        "trajectories": [[[20, 20], [40, 30]]],
+        "motion_mask": str(saved / "image.png"),
+    }
+
+
+def test_offloading_needs_an_accelerator_and_a_canvas_needs_ways(saved):
+    done, _ = generate(saved, "offload", "--offload", "group")
+    assert done.returncode == 2
+    assert "--offload group moves parts to an accelerator" in done.stderr
+    done, _ = generate(saved, "canvas", "--canvas", "64x64")
+    assert "--canvas belongs to --trajectories" in done.stderr
+
+
+def test_a_bundle_without_injection_has_no_use_for_a_database(diffusers_pipe, tmp_path):
+    with pytest.raises(ValueError, match="no use for a database"):
+        MotionRAGPipeline(diffusers_pipe, bundle(diffusers_pipe, injection=False), database=tmp_path)

@@ -135,12 +135,15 @@ def evaluate_mc_bench(
         The report; everything in it is also in `out`.
 
     Raises:
+        FileNotFoundError: If there is no folder of videos.
         ValueError: If `out` holds figures of other settings, a setting is out of range, or there is no item.
     """
     if not 1 <= frames < NUM_FRAMES:
         raise ValueError(f"frames is {frames}; compare 1 to {NUM_FRAMES - 1} frames with frame 0.")
     if panels < 1:
         raise ValueError(f"panels is {panels}; use 1, or {PUBLISHED_PANELS} for the released sampler's videos.")
+    if not Path(videos).is_dir():
+        raise FileNotFoundError(f"{videos} is no folder; it holds the videos as CATEGORY/ITEM.mp4.")
     run = _Run(Path(videos), Path(out), tracker or OpticalFlowTracker(), features, frames, panels)
     return run.evaluate(root)
 

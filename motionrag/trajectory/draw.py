@@ -40,11 +40,11 @@ def draw_trajectories(image: "Image", trajectories: Sequence[Any], *, mask: Any 
     return overlay.over(veiled)
 
 
-def draw_on_video(frames: np.ndarray, trajectories: Sequence[Any], *, mask: Any = None) -> np.ndarray:
+def draw_on_video(frames: Any, trajectories: Sequence[Any], *, mask: Any = None) -> np.ndarray:
     """Draw in each frame where the ways should be by then: the way so far, and a dot at its end.
 
     Args:
-        frames: `(f, h, w, 3)`, uint8.
+        frames: `(f, h, w, 3)`, uint8, or a list of RGB pictures.
         trajectories: as for `rasterise`.
         mask: `(h, w)`, not 0 where the picture may move; None for no veil.
 
@@ -56,6 +56,7 @@ def draw_on_video(frames: np.ndarray, trajectories: Sequence[Any], *, mask: Any 
     """
     from PIL import Image
 
+    frames = np.asarray(frames) if isinstance(frames, np.ndarray) else np.stack([np.asarray(each) for each in frames])
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
         raise ValueError(f"Frames are (f, h, w, 3) in uint8; these are {frames.shape} in {frames.dtype}.")
     ways = trajectory_list(trajectories, *frames.shape[1:3])

@@ -45,11 +45,11 @@ def canvas_of(path: Path, said: Canvas, found: Canvas) -> tuple[int, int]:
         ValueError: if neither says it, or they differ.
     """
     if said is None and found is None:
-        raise ValueError(f"{path} does not say how large its canvas is; give height and width.")
+        raise ValueError(f"{path} does not say how large its canvas is; give height and width (--canvas).")
     if said is not None and found is not None and said != found:
         raise ValueError(
-            f"{path} is drawn on {found[1]}x{found[0]} pixels, not {said[1]}x{said[0]}; leave height and width out, "
-            "then use resized."
+            f"{path} is drawn on {found[1]}x{found[0]} pixels, not {said[1]}x{said[0]}; leave the canvas "
+            "out: Tracks.resized brings them to an image."
         )
     return said or found  # type: ignore[return-value]
 
