@@ -5,10 +5,9 @@ prefixes of the published files, names what it does not know, and never guesses 
 code and this one differ is listed in `docs/parity.md`; `conversion.py` makes a whole bundle of published files.
 """
 
-import logging
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ from torch import Tensor
 
 from motionrag.backbones import BACKBONES
 from motionrag.convert_motionpro import modulation, svd_unet
-
-logger = logging.getLogger(__name__)
-
-StateDict = dict[str, Tensor]
+from motionrag.key_maps import StateDict, refuse, report_left_out
 
 __all__ = [
     "ADAPTER_KEY",
@@ -119,7 +115,7 @@ def resampler(state: Mapping[str, Tensor]) -> StateDict:
         raise ValueError(f"The file holds several resamplers, under {', '.join(prefixes)}; pass the keys of one.")
     if prefixes:
         inside, outside = _split(state, prefixes[0])
-        _report_left_out("resampler", outside)
+        report_left_out("resampler", outside)
         state = inside
     converted: StateDict = {}
     unknown = []
@@ -133,7 +129,7 @@ def resampler(state: Mapping[str, Tensor]) -> StateDict:
                 break
         else:
             unknown.append(key)
-    _refuse("resampler", unknown=unknown, missing=[] if "queries" in converted else ["latents"])
+    refuse("resampler", unknown=unknown, missing=[] if "queries" in converted else ["latents"])
     return converted
 
 
@@ -155,19 +151,19 @@ def cama(state: Mapping[str, Tensor], *, sos_token: Tensor | None = None) -> dic
     """
     state, outside = _split(state, "condition_transformer.")
     if state:
-        _report_left_out("condition transformer", outside)
+        report_left_out("condition transformer", outside)
     else:
         state = outside
     transformer, rest = _split(state, "transformer.")
     context, rest = _split(rest, "condition_proj.")
     motion, rest = _split(rest, "vision_proj.")
     encoders = [key for key in rest if key.startswith(("condition_model.", "vision_model."))]
-    _report_left_out("condition transformer", encoders)
+    report_left_out("condition transformer", encoders)
     rest = {key: value for key, value in rest.items() if key not in encoders}
 
     token = rest.pop("sos_token", sos_token)
     missing = [name for name, part in (("transformer.*", transformer), ("condition_proj.*", context)) if not part]
-    _refuse("condition transformer", unknown=rest, missing=missing)
+    refuse("condition transformer", unknown=rest, missing=missing)
     if token is None:
         raise ValueError(
             "The checkpoint holds no 'sos_token' (the published training does not save it); "
@@ -216,7 +212,7 @@ def injection(state: Mapping[str, Tensor], backbone: str) -> StateDict:
             known_parts.append(key)
         else:
             unknown.append(key)
-    _report_left_out("attention adapter", known_parts)
+    report_left_out("attention adapter", known_parts)
     sites = sorted({key.rpartition(".to_")[0] for key in converted})
     missing = [
         f"{site.removeprefix('sites.').replace('/', '.')}: {projection}"
@@ -224,7 +220,7 @@ def injection(state: Mapping[str, Tensor], backbone: str) -> StateDict:
         for projection in ("to_q", "to_k", "to_v")
         if f"{site}.{projection}.weight" not in converted
     ]
-    _refuse("attention adapter", unknown=unknown, missing=missing if sites else ["processor.to_q_ip.0.weight, …"])
+    refuse("attention adapter", unknown=unknown, missing=missing if sites else ["processor.to_q_ip.0.weight, …"])
     return converted
 
 
@@ -256,18 +252,3 @@ def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[StateDict, StateDi
     """Divide a state dict into the part under a prefix (prefix removed) and the rest."""
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return inside, {key: value for key, value in state.items() if not key.startswith(prefix)}
-
-
-def _report_left_out(what: str, keys: Iterable[str]) -> None:
-    keys = list(keys)
-    if keys:
-        logger.info("Converting the %s: left out %d keys of other parts, such as %s", what, len(keys), keys[0])
-
-
-def _refuse(what: str, *, unknown: Iterable[str], missing: Iterable[str]) -> None:
-    unknown, missing = sorted(unknown), sorted(missing)
-    if unknown or missing:
-        raise ValueError(
-            f"This is not a published {what}: missing keys: {', '.join(missing) or 'none'}; "
-            f"unknown keys: {', '.join(unknown) or 'none'}."
-        )

@@ -5,16 +5,14 @@ blocks follows from how many levels the UNet has and how many residual blocks a 
 whole table of names is made from them, and what is missing or left over is named.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from motionrag.key_maps import StateDict, refuse, report_left_out
 
-StateDict = dict[str, Tensor]
 Table = dict[str, str]
 
 PREFIX = "model.diffusion_model."
@@ -101,8 +99,8 @@ def modulation(state: Mapping[str, Tensor]) -> StateDict:
     state = _unet_part(state)
     flow = {key: value for key, value in state.items() if key.startswith("flow_") or ".flow_" in key}
     others = [key for key in state if key not in flow]
-    _refuse("feature modulation", unknown=[key for key in others if not key.startswith(UNET_PARTS)])
-    _report_left_out("feature modulation", others)
+    refuse("feature modulation", unknown=[key for key in others if not key.startswith(UNET_PARTS)])
+    report_left_out("feature modulation", others)
 
     levels = _number_of_levels(flow)
     table = {official: f"encoder.{ours}" for official, ours in _encoder_table(levels).items()}
@@ -131,7 +129,7 @@ def svd_unet(state: Mapping[str, Tensor]) -> StateDict:
     """
     state = _unet_part(state)
     flow = [key for key in state if key.startswith("flow_") or ".flow_" in key]
-    _report_left_out("UNet", flow)
+    report_left_out("UNet", flow)
     merged = _merge_lora({key: value for key, value in state.items() if key not in set(flow)})
     return _rename("UNet", merged, _unet_table(merged))
 
@@ -139,11 +137,11 @@ def svd_unet(state: Mapping[str, Tensor]) -> StateDict:
 def _unet_part(state: Mapping[str, Tensor]) -> StateDict:
     """The UNet's keys without their prefix."""
     others = [key for key in state if key.startswith(OTHER_NETWORKS)]
-    _report_left_out("UNet", others)
+    report_left_out("UNet", others)
     state = {key: value for key, value in state.items() if key not in set(others)}
     if not any(key.startswith(PREFIX) for key in state):
         return state
-    _refuse("checkpoint of MotionPro", unknown=[key for key in state if not key.startswith(PREFIX)])
+    refuse("checkpoint of MotionPro", unknown=[key for key in state if not key.startswith(PREFIX)])
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
@@ -254,7 +252,7 @@ def _merge_lora(state: Mapping[str, Tensor]) -> StateDict:
     layers = sorted({key.partition(".lora_")[0] for key in state if ".lora_" in key})
     needed = [f"{layer}.{part}.weight" for layer in layers for part in ("linear", "lora_down", "lora_up")]
     surplus += [key for key in state if ".lora_" in key and key not in set(needed)]
-    _refuse("UNet with LoRA", unknown=surplus, missing=[key for key in needed if key not in state])
+    refuse("UNet with LoRA", unknown=surplus, missing=[key for key in needed if key not in state])
     for layer in layers:
         base, down, up = (state[f"{layer}.{part}.weight"] for part in ("linear", "lora_down", "lora_up"))
         plain[f"{layer}.weight"] = (base.float() + up.float() @ down.float()).to(base.dtype)
@@ -262,22 +260,5 @@ def _merge_lora(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def _rename(what: str, state: Mapping[str, Tensor], table: Table) -> StateDict:
-    _refuse(
-        what, unknown=[key for key in state if key not in table], missing=[key for key in table if key not in state]
-    )
+    refuse(what, unknown=[key for key in state if key not in table], missing=[key for key in table if key not in state])
     return {ours: state[official] for official, ours in table.items()}
-
-
-def _report_left_out(what: str, keys: Iterable[str]) -> None:
-    keys = list(keys)
-    if keys:
-        logger.info("Converting the %s: left out %d keys of other parts, such as %s", what, len(keys), keys[0])
-
-
-def _refuse(what: str, *, unknown: Iterable[str] = (), missing: Iterable[str] = ()) -> None:
-    unknown, missing = sorted(unknown), sorted(missing)
-    if unknown or missing:
-        raise ValueError(
-            f"This is not a published {what}: missing keys: {', '.join(missing) or 'none'}; "
-            f"unknown keys: {', '.join(unknown) or 'none'}."
-        )

@@ -34,6 +34,7 @@ LAYERS = {
     "convert": 2,
     "convert_motionpro": 2,
     "conversion": 2,
+    "key_maps": 2,
     "model_card": 2,
     "pipeline": 3,
     "control": 3,
