@@ -39,6 +39,10 @@ POCKET = "pocket"
 _UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
 
+_NO_BUNDLE = (
+    "{} is no bundle: it has no config.json. If it is a diffusers model, name a bundle beside it: bundle=… (--bundle)."
+)
+
 _HUB_ID = re.compile(r"(hf-hub:)?[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 PARTS: dict[str, type[nn.Module]] = {
@@ -179,11 +183,19 @@ def resolve(source: str | Path, **hub_options: Any) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
 
     try:
+        hf_hub_download(str(source), "config.json", **hub_options)  # before gigabytes of something else come
         return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED), **hub_options))
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(_NO_BUNDLE.format(source)) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{str(source)!r} is neither 'pocket', nor a folder, nor a bundle that the hub gives ({error})."
@@ -235,7 +247,7 @@ class MotionBundle:
         """
         folder = resolve(source, **hub_options)
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} is no bundle: it has no config.json.")
+            raise FileNotFoundError(_NO_BUNDLE.format(folder))
         unsafe = [file.name for file in folder.rglob("*") if file.suffix.lower() in _UNSAFE_SUFFIXES]
         if unsafe:
             raise ValueError(

@@ -200,6 +200,17 @@ def test_a_repository_that_does_not_exist_is_named(hub):
         MotionBundle.from_pretrained("someone/else", endpoint=hub.endpoint)
 
 
+def test_a_model_on_the_hub_is_told_from_a_bundle_before_it_is_downloaded(hub, tmp_path):
+    push(make(), hub)
+    commit = hub.repositories[REPOSITORY][-1]
+    commit["model_index.json"] = commit.pop("config.json")
+    with pytest.raises(
+        FileNotFoundError, match=rf"{REPOSITORY} is no bundle.*diffusers model, name a bundle beside it"
+    ):
+        MotionBundle.from_pretrained(REPOSITORY, endpoint=hub.endpoint)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 # The model card
 
 
