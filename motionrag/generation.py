@@ -158,7 +158,9 @@ class SteeredPipeline:
         if is_guided:  # two passes, the unconditional rows first
             tokens = torch.cat([self.unconditional_tokens().to(tokens).expand_as(tokens), tokens])
             scale = scale.repeat(2)
-        return conditions.enter_context(self.injection.condition(tokens, scale, is_guided=is_guided))
+        return conditions.enter_context(
+            self.injection.condition(tokens, scale, is_guided=is_guided, is_one_generation=True)
+        )
 
     def _modulate(self, conditions: ExitStack, flow: Tensor, scale: float) -> None:
         assert self.modulation is not None  # noqa: S101 - control was refused before without it

@@ -148,8 +148,10 @@ class Condition:
         prepared: Per site, what is computed once; empty while gradients are recorded.
         norms: Per site, squared norms of the injected term and of the attention output, summed over calls; of some
             positions where there are many.
-        num_positions: Positions of the cross-attention that runs at one of them now.
+        num_positions: Positions of the cross-attention that runs at one of them now; 1 outside of it.
         is_guided: True if the first half of the rows is known to be the unconditional one.
+        is_one_generation: True if the backbone's context stays the same while the condition holds.
+        constants: Per site, what then enters the output projection at every step.
     """
 
     tokens: Tensor
@@ -159,6 +161,8 @@ class Condition:
     norms: dict[str, Tensor] = field(default_factory=dict)
     num_positions: int = 1
     is_guided: bool = False
+    is_one_generation: bool = False
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_off(self) -> bool:
@@ -339,7 +343,14 @@ class AttentionInjection(nn.Module):
         self._condition = None
 
     @contextmanager
-    def condition(self, tokens: Tensor, scale: float | Tensor = 1.0, *, is_guided: bool = False) -> Iterator[Condition]:
+    def condition(
+        self,
+        tokens: Tensor,
+        scale: float | Tensor = 1.0,
+        *,
+        is_guided: bool = False,
+        is_one_generation: bool = False,
+    ) -> Iterator[Condition]:
         """Inject motion tokens into every call of the model inside the block; removed also on an error.
 
         In training with Lightning, where the backward pass runs after `training_step` has returned and gradient
@@ -351,23 +362,33 @@ class AttentionInjection(nn.Module):
             scale: Strength; 0 equals the plain model. A tensor `(b)` gives every row its own.
             is_guided: Says that the first half of the rows is the unconditional one. Needed only where guidance is two
                 calls (Wan) with several videos for a row of tokens; otherwise the number of rows tells.
+            is_one_generation: Says that the backbone's image embedding stays the same while the condition holds, as in
+                a call of a diffusers pipeline: what SVD's cross-attentions give is then computed once.
 
         Yields:
             The condition; its `effect()` tells how much was injected.
         """
-        condition = self.set_condition(tokens, scale, is_guided=is_guided)
+        condition = self.set_condition(tokens, scale, is_guided=is_guided, is_one_generation=is_one_generation)
         try:
             yield condition
         finally:
             self.clear_condition()
 
-    def set_condition(self, tokens: Tensor, scale: float | Tensor = 1.0, *, is_guided: bool = False) -> Condition:
+    def set_condition(
+        self,
+        tokens: Tensor,
+        scale: float | Tensor = 1.0,
+        *,
+        is_guided: bool = False,
+        is_one_generation: bool = False,
+    ) -> Condition:
         """Inject motion tokens into every following call, until `clear_condition`.
 
         Args:
             tokens: As in `condition`.
             scale: As in `condition`.
             is_guided: As in `condition`.
+            is_one_generation: As in `condition`.
 
         Returns:
             The condition; its `effect()` tells how much was injected.
@@ -389,7 +410,13 @@ class AttentionInjection(nn.Module):
         if not torch.isfinite(torch.as_tensor(scale)).all():
             raise ValueError(f"The scale of the injection must be finite, got {scale}.")
         reaches_every_row = bool((torch.as_tensor(scale) != 0).all())
-        condition = Condition(tokens, scale, reaches_every_row=reaches_every_row, is_guided=is_guided)
+        condition = Condition(
+            tokens,
+            scale,
+            reaches_every_row=reaches_every_row,
+            is_guided=is_guided,
+            is_one_generation=is_one_generation,
+        )
         if not torch.is_grad_enabled() and not condition.is_off:
             condition.prepared = {site: self._prepare(site, condition) for site in self.site_names}
         self._condition = condition
@@ -452,7 +479,8 @@ class AttentionInjection(nn.Module):
         condition = self._condition
         if condition is None or condition.num_positions == 1:
             return None
-        return output.expand(-1, condition.num_positions, -1)
+        num_positions, condition.num_positions = condition.num_positions, 1
+        return output.expand(-1, num_positions, -1)
 
     def _inject(self, site: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the output projection: add the motion term to its input."""
@@ -466,6 +494,10 @@ class AttentionInjection(nn.Module):
                 f"The model runs on a batch of {hidden.shape[0]} at {site}, but there are motion tokens for "
                 f"{condition.tokens.shape[0]} rows; with guidance, pass unconditional tokens first, then the others."
             )
+        # Compiled code may own the memory of what it computed, and use it again.
+        keeps = condition.is_one_generation and condition.num_positions > 1 and not torch.compiler.is_compiling()
+        if keeps and site in condition.constants:
+            return (condition.constants[site], *args[1:])
         adapter = self._adapter(site)
         # While gradients are recorded, keys and values belong to the graph of this very forward pass.
         prepared = None if torch.is_grad_enabled() else condition.prepared.get(site)
@@ -478,6 +510,8 @@ class AttentionInjection(nn.Module):
         if not torch.is_grad_enabled():
             norms = torch.stack([_squared_norm(motion), _squared_norm(hidden)])
             condition.norms[site] = condition.norms[site] + norms if site in condition.norms else norms
+        if keeps:
+            condition.constants[site] = hidden + motion
         return (hidden + motion, *args[1:])
 
 

@@ -146,6 +146,50 @@ def test_a_cross_attention_with_one_context_token_runs_at_one_position():
 
 
 @torch.no_grad()
+def test_in_one_generation_the_constant_term_is_computed_once(monkeypatch):
+    denoiser = svd()
+    adapter = trained(denoiser.model)
+    adapter.attach(denoiser.model)
+    steps = [denoiser.arguments["sample"], torch.randn_like(denoiser.arguments["sample"])]
+    with adapter.condition(tokens()):
+        expected = [denoiser.run(sample=sample) for sample in steps]
+    calls = []
+    for name in ("forward", "attend_folded"):
+        original = getattr(MotionAttention, name)
+        monkeypatch.setattr(MotionAttention, name, lambda *args, original=original: calls.append(1) or original(*args))
+    with adapter.condition(tokens(), is_one_generation=True) as condition:
+        for sample, video in zip(steps, expected, strict=True):
+            torch.testing.assert_close(denoiser.run(sample=sample), video, atol=1e-5, rtol=1e-5)
+    assert len(calls) == len(adapter.sites)
+    assert condition.effect().mean > 0
+    calls.clear()
+    # Without that promise another image embedding in the same condition gives another video.
+    other = {"encoder_hidden_states": torch.randn(2, 1, 16)}
+    with adapter.condition(tokens()):
+        denoiser.run()
+        changed = denoiser.run(**other)
+    assert len(calls) == 2 * len(adapter.sites)
+    with adapter.condition(tokens()):
+        assert torch.equal(denoiser.run(**other), changed)
+
+
+@torch.no_grad()
+def test_what_mixes_positions_is_never_taken_for_constant():
+    """A self-attention that runs after a cross-attention of one position."""
+    denoiser = svd()
+    sites = [name for name, _ in denoiser.model.named_modules() if name.endswith(("attn1.to_out.0", "attn2.to_out.0"))]
+    adapter = trained(denoiser.model, [site for site in sites if "temporal" not in site])
+    adapter.attach(denoiser.model)
+    steps = [denoiser.arguments["sample"], torch.randn_like(denoiser.arguments["sample"])]
+    videos = []
+    for promised in (False, True):
+        with adapter.condition(tokens(), is_one_generation=promised):
+            videos.append([denoiser.run(sample=sample) for sample in steps])
+    for plain, kept in zip(*videos, strict=True):
+        torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("reason", ["two context tokens", "a row with scale 0", "no condition", "scale 0"])
 def test_otherwise_it_runs_at_every_position(reason):
     denoiser = svd()
