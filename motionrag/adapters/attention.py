@@ -510,9 +510,10 @@ class AttentionInjection(nn.Module):
         if not torch.is_grad_enabled():
             norms = torch.stack([_squared_norm(motion), _squared_norm(hidden)])
             condition.norms[site] = condition.norms[site] + norms if site in condition.norms else norms
+        injected = hidden + motion
         if keeps:
-            condition.constants[site] = hidden + motion
-        return (hidden + motion, *args[1:])
+            condition.constants[site] = injected
+        return (injected, *args[1:])
 
 
 def _squared_norm(hidden: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from motionrag.backbones.backbone import Backbone
-from motionrag.backbones.loss import latent_error
+from motionrag.backbones.loss import latent_error, shifted
+from motionrag.backbones.prompt import encode_prompts
 from motionrag.backbones.size import valid_frames, valid_size, wrong_size
 
 
@@ -121,12 +122,7 @@ def embed_prompts(pipeline: Any, prompts: Sequence[str]) -> Tensor:
     Returns:
         `(b n d)`.
     """
-    embeds, _ = pipeline.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=pipeline.tokenizer.model_max_length,
-        device=pipeline.text_encoder.device,
-    )
+    embeds: Tensor = encode_prompts(pipeline, prompts, pipeline.tokenizer.model_max_length)[0]
     return embeds
 
 
@@ -158,7 +154,7 @@ def training_loss(
     latents = batch["latents"]
     count = scheduler.config.num_train_timesteps
     share = (torch.randint(count, latents.shape[:1], generator=generator) + 0.5) / count
-    steps = (count * timestep_shift * share / (1 + (timestep_shift - 1) * share)).long()
+    steps = (count * shifted(share, timestep_shift)).long()
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     steps = steps.to(latents.device)
     noisy = scheduler.add_noise(latents, noise, steps)

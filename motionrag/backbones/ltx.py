@@ -17,7 +17,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from motionrag.backbones.backbone import Backbone
-from motionrag.backbones.loss import latent_error
+from motionrag.backbones.loss import error_after_first, shifted
+from motionrag.backbones.prompt import encode_prompts
 from motionrag.backbones.size import valid_frames, valid_size
 
 FPS = 24
@@ -156,7 +157,7 @@ def training_loss(
         raise ValueError(f"The first latent frame of LTX is the image; train on {temporal + 1} frames or more.")
     share = 1 - torch.rand(len(latents), generator=generator)  # in (0, 1], for σ = 0 has no weight
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    sigma = (timestep_shift * share / (1 + (timestep_shift - 1) * share)).to(latents.device)
+    sigma = shifted(share, timestep_shift).to(latents.device)
     level = repeat(sigma, "b -> b f 1 1 1", f=frames).clone()
     level[:, 0] = 0
     noisy = (1 - level) * latents + level * noise
@@ -173,8 +174,7 @@ def training_loss(
         rope_interpolation_scale=(temporal / FPS, spatial, spatial),
     ).sample
     clean = noisy - level * rearrange(velocity, "b (f h w) c -> b f c h w", f=frames, h=height)
-    clean[:, 0] = latents[:, 0]
-    error = frames / (frames - 1) * latent_error(clean, latents, motion_weight=motion_weight)
+    error = error_after_first(clean, latents, motion_weight=motion_weight)
     return (1 / sigma**2).clamp(max=max_weight) * error
 
 
@@ -186,12 +186,7 @@ def _prompt_length(pipeline: Any) -> int:
 @torch.no_grad()
 def _encode_prompts(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Embeddings `(b n d)`, zero where there is no text, and where there is `(b n)`, bool."""
-    embeds, mask, _, _ = pipeline.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=_prompt_length(pipeline),
-        device=pipeline.text_encoder.device,
-    )
+    embeds, mask, *_ = encode_prompts(pipeline, prompts, _prompt_length(pipeline))
     return embeds * rearrange(mask, "b n -> b n 1"), mask
 
 

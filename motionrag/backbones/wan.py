@@ -17,7 +17,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from motionrag.backbones.backbone import Backbone
-from motionrag.backbones.loss import latent_error
+from motionrag.backbones.loss import error_after_first, latent_error, shifted
+from motionrag.backbones.prompt import encode_prompts
 from motionrag.backbones.size import valid_frames, valid_size
 
 # Height, width and frames of the training clips, which no config tells.
@@ -136,12 +137,7 @@ def embed_prompts(pipeline: Any, prompts: Sequence[str]) -> Tensor:
     Returns:
         `(b 512 d)`, zero after the end of a prompt.
     """
-    embeds, _ = pipeline.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=PROMPT_LENGTH,
-        device=pipeline.text_encoder.device,
-    )
+    embeds: Tensor = encode_prompts(pipeline, prompts, PROMPT_LENGTH)[0]
     return embeds
 
 
@@ -195,19 +191,16 @@ def training_loss(
     weight = (1 / level**2).clamp(max=max_weight)
     if not pipeline.config.expand_timesteps:
         return weight * latent_error(clean, latents, motion_weight=motion_weight)
-    num_frames = latents.shape[1]
-    if num_frames == 1:
+    if latents.shape[1] == 1:
         raise ValueError("This Wan model is given the first latent frame; train it on clips of 5 frames or more.")
-    # The given frame has no error; the mean is over the others.
-    clean = torch.cat([latents[:, :1], clean[:, 1:]], dim=1)
-    return weight * latent_error(clean, latents, motion_weight=motion_weight) * num_frames / (num_frames - 1)
+    return weight * error_after_first(clean, latents, motion_weight=motion_weight)
 
 
 def _noise_levels(count: int, generator: torch.Generator, *, shift: float, lowest: float) -> Tensor:
     """Draw σ `(count)`: uniform, then shifted, of that the part from `lowest` (not with it) to 1."""
     lowest_share = lowest / (shift - (shift - 1) * lowest)
     share = 1 - (1 - lowest_share) * torch.rand(count, generator=generator)  # never 0, where 1/σ² ends
-    return shift * share / (1 + (shift - 1) * share)
+    return shifted(share, shift)
 
 
 def _inputs(pipeline: Any, noisy: Tensor, condition: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
-"""Real diffusers denoisers at one or two layers, with inputs for them. No test lives here."""
+"""Real diffusers denoisers at one or two layers, with inputs and adapters for them. No test lives here."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from motionrag.adapters import AttentionInjection
 
 TOKEN_DIM = 12
 
@@ -131,3 +133,17 @@ def ltx() -> Denoiser:
 
 
 DENOISERS = {"cogvideox": cogvideox, "svd": svd, "wan": wan, "ltx": ltx}
+
+
+def trained(model, sites=None, seed=1):
+    """An adapter whose values are not zero, as after training."""
+    torch.manual_seed(seed)
+    adapter = AttentionInjection.for_model(model, token_dim=TOKEN_DIM, sites=sites)
+    for name, weight in adapter.named_parameters():
+        if name.endswith("to_v.weight"):
+            nn.init.normal_(weight, std=0.5)
+    return adapter
+
+
+def tokens(rows=2, length=5, seed=2):
+    return torch.randn(rows, length, TOKEN_DIM, generator=torch.Generator().manual_seed(seed))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from motionrag.adapters import AttentionInjection
-from tests.adapters.denoisers import DENOISERS, TOKEN_DIM, cogvideox, svd
+from tests.adapters.denoisers import DENOISERS, TOKEN_DIM, cogvideox, svd, tokens, trained
 
 LAST_SITE = {
     "cogvideox": "transformer_blocks.1.attn1.to_out.0",
@@ -25,20 +25,6 @@ def family(request):
 @pytest.fixture
 def denoiser(family):
     return DENOISERS[family]()
-
-
-def trained(model, sites=None, seed=1):
-    """An adapter whose values are not zero, as after training."""
-    torch.manual_seed(seed)
-    adapter = AttentionInjection.for_model(model, token_dim=TOKEN_DIM, sites=sites)
-    for name, weight in adapter.named_parameters():
-        if name.endswith("to_v.weight"):
-            nn.init.normal_(weight, std=0.5)
-    return adapter
-
-
-def tokens(rows=2, length=5, seed=2):
-    return torch.randn(rows, length, TOKEN_DIM, generator=torch.Generator().manual_seed(seed))
 
 
 def hooks_on(model):

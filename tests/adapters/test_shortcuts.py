@@ -6,21 +6,7 @@ from torch import nn
 
 from motionrag.adapters import AttentionInjection
 from motionrag.adapters.attention import MotionAttention
-from tests.adapters.denoisers import DENOISERS, TOKEN_DIM, cogvideox, svd, wan
-
-
-def trained(model, sites=None):
-    torch.manual_seed(1)
-    adapter = AttentionInjection.for_model(model, token_dim=TOKEN_DIM, sites=sites)
-    for name, weight in adapter.named_parameters():
-        if name.endswith("to_v.weight"):
-            nn.init.normal_(weight, std=0.5)
-    return adapter
-
-
-def tokens(rows=2, length=5, seed=2):
-    return torch.randn(rows, length, TOKEN_DIM, generator=torch.Generator().manual_seed(seed))
-
+from tests.adapters.denoisers import DENOISERS, TOKEN_DIM, cogvideox, svd, tokens, trained, wan
 
 # The folded query
 
