@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 
 from motionrag.pocket.world import SIZE, domain, sample_clip
-from motionrag.tracking import CoTracker, dense_flow, load_tracker, track_points
+from motionrag.tracking import CoTracker, Raft, dense_flow, load_tracker, track_points
+from motionrag.tracking.chain import follow
 
 # Every sort of motion without and with a camera; `world` below says how well it is followed.
 FAMILIES = ("slide", "fall", "orbit", "spring", "collide", "zigzag", "pan", "zoom")
@@ -202,6 +203,105 @@ def test_cotracker_is_asked_in_its_own_layout(weights):
     assert load_tracker("cotracker", weights=other).name != tracker.name
 
 
+def test_cotracker_moves_cells_of_four_pixels(weights):
+    # The last column of cells is cut to 2 pixels, the last row to 3.
+    flow, visible = dense_flow(
+        torch.full((5, 3, 47, 62), 255, dtype=torch.uint8), estimator="cotracker", weights=weights
+    )
+    assert torch.equal(flow, (torch.arange(5)[:, None, None, None] * torch.tensor([1.0, 2.0])).expand(5, 47, 62, 2))
+    assert (visible.shape, visible.dtype) == ((5, 47, 62), torch.bool)
+    assert visible.all()
+
+
+def test_cells_keep_their_place(weights, monkeypatch):
+    # A point goes as far as its column and row tell, so that every cell shows which point it was given.
+    monkeypatch.setattr(
+        Predictor,
+        "forward",
+        lambda self, video, queries: (
+            torch.cat([queries[:, None, :, 1:], 2 * queries[:, None, :, 1:]], dim=1),
+            rearrange(torch.stack([queries[..., 1] > 4, queries[..., 2] > 4]), "t 1 n -> 1 t n"),
+        ),
+    )
+    flow, visible = dense_flow(torch.zeros(2, 3, 10, 16, dtype=torch.uint8), estimator="cotracker", weights=weights)
+    middles = [1.5, 5.5, 9.5, 13.5]
+    assert flow[1, 3, :, 0].tolist() == [middle for middle in middles for _ in range(4)]
+    assert flow[1, :, 0, 1].tolist() == [1.5] * 4 + [5.5] * 4 + [9, 9]  # the last middle is moved into the frame
+    assert torch.equal(visible[0], (torch.arange(16) >= 4).expand(10, 16))
+    assert torch.equal(visible[1], (torch.arange(10) >= 4)[:, None].expand(10, 16))
+
+
+class Stretch:
+    """Everything moves away from column 0 by a share of its distance, and back; a known chain."""
+
+    def __init__(self, share, *, back=True):
+        self.share, self.back = share, back
+
+    def pictures(self, frames, factor):
+        assert factor == 2  # of 64 pixels
+        return range(len(frames))
+
+    def between(self, before, after):
+        share = self.share if after > before else (1 / (1 + self.share) - 1) * self.back
+        columns = torch.arange(144.0).expand(136, 144)  # more than the picture, as a method that pads returns it
+        return torch.stack([share * (columns + 0.5), torch.zeros(136, 144)], dim=-1)
+
+
+def test_the_chain_takes_each_step_from_where_the_last_one_ended():
+    frames = torch.zeros(4, 3, 64, 70, dtype=torch.uint8)
+    tracks, visible = follow(frames, torch.tensor([[19.5, 30.0], [49.5, 30.0]]), Stretch(0.1))
+    # Pixel centres are half a pixel from the edge that stays: 20 · 1.1^t and 50 · 1.1^t from it.
+    powers = 1.1 ** torch.arange(4)
+    assert torch.allclose(tracks[0], torch.stack([20 * powers - 0.5, torch.full((4,), 30.0)], dim=1), atol=1e-4)
+    assert tracks[1, :, 0] + 0.5 == pytest.approx(50 * powers, abs=1e-4)
+    assert visible.tolist() == [[True] * 4, [True] * 4]  # 66.55 of 70
+    _, visible = follow(frames[:, :, :, :64], torch.tensor([[19.5, 30.0], [49.5, 30.0]]), Stretch(0.1))
+    assert visible.tolist() == [[True] * 4, [True, True, True, False]]
+    _, visible = follow(frames, torch.tensor([[19.5, 30.0]]), Stretch(0.1, back=False))
+    assert visible.tolist() == [[True, False, False, False]]  # |f|² = 16 > 0.01 · 16 + 0.5
+
+
+@pytest.fixture(scope="module")
+def raft_weights(tmp_path_factory):
+    from safetensors.torch import save_file
+    from torchvision.models.optical_flow import raft_large
+
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("raft") / "raft.safetensors"
+    save_file(raft_large().state_dict(), file)
+    return file
+
+
+def test_raft_chains_what_its_network_says(raft_weights):
+    # 60 pixels are enlarged to 180 and filled up to 184; the video is wider than that is high.
+    video = shifting(2, (1, 0), height=60, width=68)
+    flow, visible = dense_flow(video, estimator="raft", weights=raft_weights)
+    assert (flow.shape, visible.shape) == ((2, 60, 68, 2), (2, 60, 68))
+    assert flow.isfinite().all()
+    tracker = Raft(raft_weights)
+    before, after = tracker.pictures(video, 3)
+    assert before.shape == (3, 184, 208)
+    assert before.abs().max() <= 1
+    assert torch.equal(before[:, 180:], before[:, 179:180].expand(-1, 4, -1))
+    # The middle of pixel (x, y) is that of (3 x + 1, 3 y + 1), and 3 pixels there are one here.
+    found = tracker.model(before[None], after[None])[-1][0, :, 1:180:3, 1:204:3] / 3
+    assert torch.allclose(flow[1], rearrange(found, "xy h w -> h w xy"), atol=1e-4)
+    assert flow[1].abs().max() > 0
+
+
+def test_raft_says_what_is_wrong_with_its_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="no RAFT weights at"):
+        load_tracker("raft", weights=tmp_path / "none.safetensors")
+    (tmp_path / "raft.pth").write_bytes(b"PK of a checkpoint")
+    with pytest.raises(ValueError, match=r"raft\.pth is no safetensors file; write"):
+        load_tracker("raft", weights=tmp_path / "raft.pth")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds other weights than those of torchvision's raft_large"):
+        load_tracker("raft", weights=tmp_path / "other.safetensors")
+
+
 def test_cotracker_says_what_it_lacks(tmp_path, monkeypatch):
     file = tmp_path / "weights.pth"
     with pytest.raises(FileNotFoundError, match="no CoTracker weights at"):
@@ -215,7 +315,7 @@ def test_cotracker_says_what_it_lacks(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "raft"}, "no tracker 'raft'; choose from optical-flow, cotracker"),
+        ({"name": "farneback"}, "no tracker 'farneback'; choose from optical-flow, raft, cotracker"),
         ({"name": "cotracker"}, "needs the path of its weights"),
         ({"name": "optical-flow", "weights": "x.pth"}, "has no weights"),
     ],

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from motionrag.pocket.world import (
     TRAINED_FAMILIES,
     Dynamics,
     WorldClip,
+    drag_clip,
     training_clip,
     training_scene,
 )
@@ -44,6 +46,8 @@ class PocketClips(Dataset):
         clips_per_domain: Clips that share verb, looks and dynamics; they follow one another.
         folder: Where rendered sets are kept; a set that is there is not rendered again.
         num_workers: Processes that render.
+        drags: Clips in which every thing goes its own way (`drag_clip`), in place of domains.
+        true_flow: Whether samples also bring the dense flow. It is not kept, but rendered again for every sample.
     """
 
     def __init__(
@@ -54,15 +58,18 @@ class PocketClips(Dataset):
         clips_per_domain: int = 1,
         folder: str = "outputs/pocket/world",
         num_workers: int = 2,
+        drags: bool = False,
+        true_flow: bool = False,
     ) -> None:
-        self.seed, self.clips_per_domain = seed, clips_per_domain
-        # What is encoded of them changes with the kinds of captions that they bring.
-        self.identity = f"pocket {seed} {count} {clips_per_domain} described"
-        self.folder = Path(folder) / f"seed-{seed}-clips-{count}-per-domain-{clips_per_domain}"
+        self.seed, self.clips_per_domain, self.drags, self.true_flow = seed, clips_per_domain, drags, true_flow
+        # What is encoded of them changes with the kinds of captions that they bring, and not with the flow.
+        self.identity = f"pocket {seed} {count} {'drags' if drags else clips_per_domain} described"
+        kind = "drags" if drags else f"per-domain-{clips_per_domain}"
+        self.folder = Path(folder) / f"seed-{seed}-clips-{count}-{kind}"
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.folder}.lock"):  # one of several training processes renders, the others wait
             if not (self.folder / "captions.json").exists():  # written last
-                _render_all(self.folder, count, seed, clips_per_domain, num_workers)
+                _render_all(self.folder, count, partial(_clip, seed, clips_per_domain, drags), num_workers)
         self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
         self.captions: list[list[str]] = json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))
 
@@ -90,7 +97,8 @@ class PocketClips(Dataset):
             thing moves), `index`, and the ground truth: `family`,
             `parameters` `(p)` as shares of their ranges and NaN where there is none, `tracks` `(n t 2)` in pixels and
             NaN where there is no thing, `masks` `(t h w)`, `flow` `(t 8 8 2)` in pixels from frame 0, `colours` and
-            `shapes` `(n)` with -1 where there is no thing.
+            `shapes` `(n)` with -1 where there is no thing. If wanted, `true_flow` `(t h w 2)` float32, pixels from
+            frame 0, x then y, and `true_visible` `(t h w)` bool, whether the content of frame 0 is still seen.
         """
         caption, plain_caption = self.captions[index]
         sample: dict[str, Any] = {
@@ -103,7 +111,12 @@ class PocketClips(Dataset):
             "plain_caption": plain_caption,
             "described_caption": f"{describe(sample['tracks'][0])} {caption}",
             "index": index,
+            **(self._truth(index) if self.true_flow else {}),
         }
+
+    def _truth(self, index: int) -> dict[str, Tensor]:
+        clip = _clip(self.seed, self.clips_per_domain, self.drags, index)
+        return {"true_flow": torch.from_numpy(clip.flow), "true_visible": torch.from_numpy(clip.flow_visible)}
 
     def video(self, index: int) -> Tensor:
         """Pixels of one clip.
@@ -195,7 +208,7 @@ def arrays_of(clip: WorldClip) -> dict[str, np.ndarray]:
     colours[:things] = [list(COLOURS).index(each.colour) for each in clip.things]
     shapes[:things] = [SHAPES.index(each.shape) for each in clip.things]
     parameters = np.full(MAX_PARAMETERS, np.nan, np.float32)
-    shares = Dynamics(clip.family, clip.parameters).normalised
+    shares = Dynamics(clip.family, clip.parameters).normalised if clip.family else {}
     parameters[: len(shares)] = list(shares.values())
     middle = SIZE // FLOW_GRID // 2
     step = SIZE // FLOW_GRID
@@ -212,16 +225,20 @@ def arrays_of(clip: WorldClip) -> dict[str, np.ndarray]:
     }
 
 
+def _clip(seed: int, clips_per_domain: int, drags: bool, index: int) -> WorldClip:
+    return drag_clip(seed, index) if drags else training_clip(seed, *divmod(index, clips_per_domain))
+
+
 def _render_chunk(
-    seed: int, clips_per_domain: int, start: int, stop: int
+    clip: Callable[[int], WorldClip], start: int, stop: int
 ) -> tuple[dict[str, np.ndarray], list[list[str]]]:
-    clips = [training_clip(seed, *divmod(index, clips_per_domain)) for index in range(start, stop)]
+    clips = [clip(index) for index in range(start, stop)]
     rows = [arrays_of(clip) for clip in clips]
     captions = [[clip.caption, clip.plain_caption] for clip in clips]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, captions
 
 
-def _render_all(folder: Path, count: int, seed: int, clips_per_domain: int, num_workers: int) -> None:
+def _render_all(folder: Path, count: int, clip: Callable[[int], WorldClip], num_workers: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     starts = range(0, count, _CHUNK)
@@ -230,7 +247,7 @@ def _render_all(folder: Path, count: int, seed: int, clips_per_domain: int, num_
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         stops = [min(count, start + _CHUNK) for start in starts]
-        chunks = pool.map(partial(_render_chunk, seed, clips_per_domain), starts, stops)
+        chunks = pool.map(partial(_render_chunk, clip), starts, stops)
         for start, stop, (rows, texts) in zip(starts, stops, tqdm(chunks, "render", len(starts)), strict=True):
             for name, values in rows.items():
                 if name not in arrays:

@@ -9,8 +9,9 @@ from torch import Tensor
 from motionrag.tracking.cotracker import CoTracker
 from motionrag.tracking.frames import to_uint8
 from motionrag.tracking.optical_flow import OpticalFlowTracker
+from motionrag.tracking.raft import Raft
 
-TRACKERS = ("optical-flow", "cotracker")
+TRACKERS = ("optical-flow", "raft", "cotracker")
 
 
 class Tracker(Protocol):
@@ -77,7 +78,8 @@ def load_tracker(
 
     Args:
         name: One of `TRACKERS`.
-        weights: Checkpoint of a learned tracker.
+        weights: Checkpoint of a learned tracker: for "raft" a safetensors file, or None for torchvision's own, which
+            it downloads.
         device: Where a learned tracker runs.
 
     Returns:
@@ -90,8 +92,10 @@ def load_tracker(
         raise ValueError(f"There is no tracker {name!r}; choose from {', '.join(TRACKERS)}.")
     if name == "optical-flow":
         if weights is not None:
-            raise ValueError("The tracker 'optical-flow' has no weights; choose 'cotracker', or leave the weights out.")
+            raise ValueError("The tracker 'optical-flow' has no weights; choose a learned one, or leave them out.")
         return OpticalFlowTracker()
+    if name == "raft":
+        return Raft(weights, device=device)
     if weights is None:
         raise ValueError("The tracker 'cotracker' needs the path of its weights; it downloads nothing.")
     return CoTracker(weights, device=device)

@@ -1,4 +1,4 @@
-"""What never changes in training, computed once: latents, prompt embeddings and motion features of clips, on disk.
+"""What never changes in training, computed once: latents, prompt embeddings, motion features and flow, on disk.
 
 The cache is named by the weights that made it, so a cache of other weights is never read.
 """
@@ -20,9 +20,12 @@ from tqdm import tqdm
 from motionrag.backbones import Backbone, backbone_of_index
 from motionrag.encoder import MotionEncoder
 from motionrag.encoders.fingerprint import fingerprint
+from motionrag.tracking import DenseTracker, dense_tracker
+from motionrag.trajectory.region import BLOCK
 from motionrag.video import sample_indices
 
 _DONE = "done.json"
+_TRUE = "true"
 
 
 class EncodedClips(Dataset):
@@ -34,6 +37,9 @@ class EncodedClips(Dataset):
         pipeline: Diffusers pipeline whose frozen parts encode latents and prompts; None: neither.
         bundle: Bundle whose frozen encoders make `features`.
         features: Which: "motion_features", "motion_tokens", "context_features".
+        flow: What tells where the content of frame 0 goes, for feature modulation: "optical-flow", "raft", "cotracker",
+            or "true", if the clips know (`true_flow` and `true_visible`); None: no flow is wanted.
+        flow_weights: File of the weights of "raft" (None: torchvision's) or "cotracker".
         batch_size: Clips that are encoded together.
         device: Where the encoders run.
         precision: "bfloat16" runs the encoders under autocast, "float32" as they are.
@@ -47,6 +53,8 @@ class EncodedClips(Dataset):
         pipeline: str | None = None,
         bundle: str | None = None,
         features: Sequence[str] = (),
+        flow: str | None = None,
+        flow_weights: str | None = None,
         batch_size: int = 16,
         device: str = "cpu",
         precision: str = "bfloat16",
@@ -61,6 +69,10 @@ class EncodedClips(Dataset):
         if bundle is not None:
             encoder = MotionEncoder.from_pretrained(bundle, device=device)
             encoders += [_FEATURES[name](encoder) for name in features]
+        if flow is not None:
+            encoders.append(_Flow(flow, flow_weights, device))
+        elif flow_weights is not None:
+            raise ValueError("flow_weights belong to a flow; name it, such as flow='raft', or leave the weights out.")
         for each in encoders:
             self._read_or_encode(Path(folder), each)
 
@@ -75,9 +87,10 @@ class EncodedClips(Dataset):
 
         Returns:
             `latents`, `image_latents`, `prompt_embeds` (what the backbone's `encode` gives), `motion_features` `(l c)`,
-            `motion_tokens` `(l d)` and `context_features` `(l c)`, as far as they were asked for; float32. With them
-            `empty_prompt_embeds` and `grey_features`, what stands for no prompt and the features of a grey clip, and
-            `described_prompt_embeds` if the clips have such captions.
+            `motion_tokens` `(l d)` and `context_features` `(l c)`, `flow` `(f h w 2)`, pixels from frame 0, x then
+            y, and `visible` `(h w)`, 1 where the content of frame 0 is seen in all frames, else 0, as far as they were
+            asked for; float32. With them `empty_prompt_embeds` and `grey_features`, what stands for no prompt and the
+            features of a grey clip, and `described_prompt_embeds` if the clips have such captions.
         """
         return {
             name: torch.from_numpy(np.array(values[index if len(values) > 1 else 0])).float()
@@ -105,11 +118,13 @@ class EncodedClips(Dataset):
         for batch in tqdm(DataLoader(self.clips, self.batch_size), f"encode ({folder.name})"):
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 encoded: dict[str, Tensor] = encoder.encode(batch)
+            if "visible" in encoded:
+                _check_visible(encoded["visible"], start)
             for name, values in encoded.items():
-                rows = values.float().cpu().half().numpy()
+                rows = (values if values.dtype == torch.bool else values.float().half()).cpu().numpy()
                 if name not in arrays:
                     arrays[name] = np.lib.format.open_memmap(
-                        folder / f"{name}.npy", "w+", np.float16, (len(self), *rows.shape[1:])
+                        folder / f"{name}.npy", "w+", rows.dtype, (len(self), *rows.shape[1:])
                     )
                 arrays[name][start : start + len(rows)] = rows
             start += len(batch["video"])
@@ -180,6 +195,47 @@ class _ContextFeatures:
 
     def constants(self) -> dict[str, Tensor]:
         return {}
+
+
+class _Flow:
+    def __init__(self, kind: str, weights: str | None, device: str) -> None:
+        self.track = None if kind == _TRUE else dense_tracker(kind, weights=weights, device=device)
+        if self.track is None and weights is not None:
+            raise ValueError("The true flow comes with the clips and has no weights; leave flow_weights out.")
+        self.fingerprint = f"flow {_TRUE if self.track is None else self.track.name}"
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        flow, visible = _true_flow(batch) if self.track is None else self._tracked(self.track, batch["video"])
+        return {"flow": flow, "visible": visible.bool().all(dim=1)}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+    def _tracked(self, track: DenseTracker, videos: Tensor) -> tuple[Tensor, Tensor]:
+        # Half a grey level decides between visible and not, so trackers never run in half precision.
+        with torch.autocast(videos.device.type, enabled=False):
+            flows, seen = zip(*[track(video) for video in videos], strict=True)
+        return torch.stack(flows), torch.stack(seen)
+
+
+def _true_flow(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    missing = [name for name in ("true_flow", "true_visible") if name not in batch]
+    if missing:
+        raise ValueError(
+            f"flow='{_TRUE}' needs clips that know their flow, and these bring no {' and no '.join(missing)}; "
+            "let them give it, or name a tracker such as 'optical-flow'."
+        )
+    return batch["true_flow"], batch["true_visible"]
+
+
+def _check_visible(visible: Tensor, start: int) -> None:
+    """Refuse clips that leave training nothing to keep; the first of the batch has the number `start`."""
+    lost = ~visible[:, ::BLOCK, ::BLOCK].flatten(1).any(dim=1)
+    if lost.any():
+        raise ValueError(
+            f"Clip {start + int(lost.nonzero()[0])}: no 8x8 block of its first frame is visible in all frames, so "
+            "feature modulation has no flow to keep; leave the clip out."
+        )
 
 
 _FEATURES: dict[str, Callable[[MotionEncoder], _Encoder]] = {

@@ -44,17 +44,26 @@ def spread_blocks(blocks: Any, *, height: int, width: int) -> "Tensor":
 
 
 def sample_regions(
-    flow: Any, visible: Any, *, ratio: tuple[float, float] = (0.75, 1.0), generator: "Generator | None" = None
+    flow: Any,
+    visible: Any,
+    *,
+    ratio: tuple[float, float] = (0.75, 1.0),
+    shift: bool = False,
+    generator: "Generator | None" = None,
 ) -> "tuple[Tensor, Tensor]":
     """Keep the flow of a few random blocks that are visible in all frames.
 
     The share to drop is drawn from `ratio`. If nothing is kept, both are drawn again, up to four times; then one
     visible block is kept, so that every clip can be used.
 
+    Published training takes blocks from a grid that begins at the upper left pixel, but a drawn way starts anywhere:
+    `shift` moves the grid. Blocks that the border cuts stay, smaller, and are visible if their own upper left pixel is.
+
     Args:
         flow: `(f, h, w, 2)`, pixels from frame 0.
-        visible: `(f, h, w)`, bool.
+        visible: `(f, h, w)`, bool, or `(h, w)`: visible in all frames.
         ratio: lower and upper end of the share of blocks to drop, in [0, 1].
+        shift: move the grid up and to the left by 0 to 7 pixels each, drawn anew with the blocks.
         generator: source of random numbers; None for torch's own.
 
     Returns:
@@ -66,21 +75,25 @@ def sample_regions(
     import torch
 
     flow, shown = torch.as_tensor(flow), torch.as_tensor(visible) != 0
-    if flow.shape[:-1] != shown.shape:
+    if shown.shape not in (flow.shape[:-1], flow.shape[1:-1]):
         raise ValueError(f"Flow {tuple(flow.shape)} and visibility {tuple(shown.shape)} differ in frames or size.")
     if not 0 <= ratio[0] <= ratio[1] <= 1:
         raise ValueError(f"ratio is {ratio}; give the lower and the upper share of blocks to drop, within 0 and 1.")
-    always = shown.all(0)
+    always = shown if shown.ndim == 2 else shown.all(0)
     height, width = always.shape
-    shape = (math.ceil(height / BLOCK), math.ceil(width / BLOCK))
     for _ in range(TRIES):
+        up, left = torch.randint(BLOCK, (2,), generator=generator).tolist() if shift else (0, 0)
+        grid = _grown(always, up, left)
+        shape = (math.ceil(grid.shape[0] / BLOCK), math.ceil(grid.shape[1] / BLOCK))
         dropped = ratio[0] + (ratio[1] - ratio[0]) * float(torch.rand((), generator=generator))
-        blocks = keep_blocks(always, dropped, torch.rand(shape, generator=generator))
+        blocks = keep_blocks(grid, dropped, torch.rand(shape, generator=generator))
         if blocks.any():
             break
     else:
-        blocks = _one_block(always, generator)
-    kept = spread_blocks(blocks, height=height, width=width)
+        if not grid[::BLOCK, ::BLOCK].any():  # a moved grid may miss what little is visible
+            up, left, grid = 0, 0, always
+        blocks = _one_block(grid, generator)
+    kept = spread_blocks(blocks, height=height + up, width=width + left)[up:, left:]
     return torch.where(kept[None, :, :, None], flow, 0), kept
 
 
@@ -96,6 +109,16 @@ def motion_bucket(flow: Any) -> float:
     import torch
 
     return float(torch.as_tensor(flow).norm(dim=-1).mean())
+
+
+def _grown(visible: "Tensor", up: int, left: int) -> "Tensor":
+    """More rows above and columns to the left, like the first ones: what a moved grid sees, `(h + up, w + left)`."""
+    import torch
+
+    rows, columns = (
+        torch.arange(-more, size).clamp(min=0) for more, size in zip((up, left), visible.shape, strict=True)
+    )
+    return visible[rows[:, None], columns]
 
 
 def _one_block(visible: "Tensor", generator: "Generator | None") -> "Tensor":

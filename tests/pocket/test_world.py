@@ -18,6 +18,7 @@ from motionrag.pocket.world import (
     Dynamics,
     Style,
     domain,
+    drag_clip,
     named_domain,
     same_start,
     sample_clip,
@@ -348,3 +349,28 @@ def test_the_same_start_under_other_dynamics():
 def test_no_same_start_where_the_place_matters(family):
     with pytest.raises(ValueError, match=f"The motion of '{family}' cannot be begun at any place"):
         same_start([named_domain("blick", family=family)], 0)
+
+
+def test_in_drags_every_thing_goes_a_way_of_its_own_or_stays():
+    clips = [drag_clip(1, index) for index in range(60)]
+    assert {len(clip.things) for clip in clips} == {1, 2, 3}
+    lengths = []
+    for clip in clips:
+        reach = radii(clip)[:, None, None]
+        assert (clip.tracks >= reach - 1e-3).all()
+        assert (clip.tracks <= SIZE - reach + 1e-3).all()
+        moved = clip.tracks - clip.tracks[:, :1]
+        lengths.append(np.linalg.norm(moved, axis=-1).max(axis=1))
+        # The backdrop stands still, and so do the pixels of things that stay.
+        stays = np.isin(clip.masks[0], [0, *(np.nonzero(lengths[-1] == 0)[0] + 1)])
+        assert np.abs(clip.flow[:, stays]).max() < 1e-6
+        assert clip.family == ""
+        assert clip.caption == clip.plain_caption
+    lengths = np.concatenate(lengths)
+    assert 0.25 < (lengths == 0).mean() < 0.5
+    assert lengths.max() > 30
+    ends = [(clip.tracks[:, -1] - clip.tracks[:, 0])[:2] for clip in clips if len(clip.things) > 1]
+    assert all(not np.allclose(*pair) for pair in ends if pair.any())
+    again = drag_clip(1, 5)
+    assert np.array_equal(again.frames, clips[5].frames)
+    assert not np.array_equal(drag_clip(2, 5).frames, clips[5].frames)

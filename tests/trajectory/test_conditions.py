@@ -130,6 +130,62 @@ def test_sampled_regions_never_come_back_empty():
         sample_regions(torch.ones(2, 32, 32, 2), visible, ratio=(0.9, 1.1))
 
 
+def test_an_unmoved_grid_draws_a_share_and_then_one_number_for_each_block():
+    flow, visible = torch.ones(2, 20, 32, 2), torch.ones(2, 20, 32, dtype=torch.bool)
+    drawn = torch.Generator().manual_seed(5)
+    share = 0.75 + 0.25 * torch.rand((), generator=drawn)
+    expected = torch.rand(3, 4, generator=drawn) > share
+    assert expected.any()
+    _, kept = sample_regions(flow, visible, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(kept[::8, ::8], expected)
+    _, same = sample_regions(flow, visible[0], generator=torch.Generator().manual_seed(5))
+    assert torch.equal(same, kept)
+    with pytest.raises(ValueError, match="differ in frames or size"):
+        sample_regions(flow, visible[0, 1:])
+
+
+def test_a_moved_grid_begins_anywhere_and_keeps_its_blocks_whole():
+    flow, visible = torch.ones(2, 40, 48, 2), torch.zeros(40, 48, dtype=torch.bool)
+    visible[0:20] = True
+    generator = torch.Generator().manual_seed(2)
+    rows, columns = set(), set()
+    for _ in range(300):
+        sampled, kept = sample_regions(flow, visible, ratio=(0.5, 0.5), shift=True, generator=generator)
+        assert torch.equal(sampled, flow * kept[None, :, :, None])
+        # Where neighbours differ, one block ends and another begins: all such places are on one grid.
+        grid = [{1 + int(edge) for edge in (kept.diff(dim=axis).any(dim=1 - axis)).nonzero()} for axis in (0, 1)]
+        assert [len({edge % 8 for edge in edges}) for edges in grid] == [1, 1]
+        for starts, edges in zip((rows, columns), grid, strict=True):
+            starts.add(next(iter(edges)) % 8)
+        # A block that begins in a visible row is visible, and is kept down to its last row.
+        assert not kept[27:].any()
+    assert rows == columns == set(range(8))
+
+
+def test_a_block_that_the_border_cuts_is_judged_by_its_own_first_pixel():
+    visible = torch.zeros(16, 16, dtype=torch.bool)
+    visible[0, 0] = True
+    generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(400):
+        _, kept = sample_regions(torch.ones(1, 16, 16, 2), visible, ratio=(0, 0), shift=True, generator=generator)
+        height, width = (int(kept.any(dim=axis).sum()) for axis in (1, 0))
+        assert kept[:height, :width].all()
+        assert kept.sum() == height * width
+        sizes.add((height, width))
+    assert sizes == {(height, width) for height in range(1, 9) for width in range(1, 9)}
+
+
+def test_a_moved_grid_that_misses_what_is_visible_falls_back():
+    visible = torch.zeros(24, 24, dtype=torch.bool)
+    visible[8, 16] = True  # on the unmoved grid, and on one in 64 of the moved ones
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        _, kept = sample_regions(torch.ones(1, 24, 24, 2), visible, shift=True, generator=generator)
+        assert kept.sum() == 64
+        assert kept[8:16, 16:24].all()
+
+
 # Where the picture goes in its middle row and column, to the right and downwards positive.
 DIRECTIONS = {
     "pan left": (1, 0),
