@@ -10,7 +10,8 @@
     README.md                           model card
 
 Any subset of the parts may be there. Parts are read when they are first used. It holds no frozen weights: encoders
-and base model are named by hub id, or by a folder inside the bundle as in the embedded default.
+and base model are named by hub id, or by a folder inside the bundle as in the embedded ones. Bundles of different
+backbones can share what makes and adapts motion tokens, and with it databases: see `BundleConfig.shared`.
 """
 
 import copy
@@ -19,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 POCKET = "pocket"
+# Name → folder in the package.
+EMBEDDED = {POCKET: "pocket/weights", "pocket-control": "pocket/weights/control"}
 # Files that can run code when they are read.
 _UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
@@ -52,6 +55,8 @@ PARTS: dict[str, type[nn.Module]] = {
     "motion_injection": AttentionInjection,
     "feature_modulation": FeatureModulation,
 }
+# The parts that are made for no backbone in particular.
+_LENT = ("motion_resampler", "context_resampler", "cama")
 
 
 @dataclass(frozen=True)
@@ -99,12 +104,14 @@ class BundleConfig:
         num_frames: Frames.
         fps: Frames per second of the videos; None takes the backbone's.
         denoiser: Folder in the bundle with a denoiser that the parts were trained with, in place of the base model's.
+        shared: Another bundle that gives what this one has not: encoders, resamplers, CAMA, unconditional tokens. A
+            folder relative to this bundle (also upwards, ".."), "pocket" or a hub id.
         format: Version of this layout.
     """
 
     backbone: str
     base_model: str
-    encoders: dict[str, EncoderSource]
+    encoders: dict[str, EncoderSource] = field(default_factory=dict)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     trained: bool = True
     licence: str = ""
@@ -117,6 +124,7 @@ class BundleConfig:
     num_frames: int | None = None
     fps: int | None = None
     denoiser: str | None = None
+    shared: str | None = None
     format: int = FORMAT
 
     @classmethod
@@ -169,7 +177,8 @@ def resolve(source: str | Path, **hub_options: Any) -> Path:
     """Find the folder of a bundle.
 
     Args:
-        source: "pocket" for the embedded default, a folder, or a hub id (downloaded: JSON, text and safetensors only).
+        source: "pocket" or "pocket-control" for the embedded ones, a folder, or a hub id (downloaded: JSON, text and
+            safetensors only).
         **hub_options: Passed to `huggingface_hub.snapshot_download`, for example `revision` or `token`.
 
     Returns:
@@ -178,11 +187,13 @@ def resolve(source: str | Path, **hub_options: Any) -> Path:
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not give it.
     """
-    if str(source) == POCKET:
-        return Path(__file__).parent / POCKET / "weights"
+    if str(source) in EMBEDDED:
+        return Path(__file__).parent / EMBEDDED[str(source)]
     folder = Path(source)
-    if folder.is_dir():
-        return folder
+    return folder if folder.is_dir() else _download(str(source), **hub_options)
+
+
+def _download(source: str, **hub_options: Any) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -192,24 +203,60 @@ def resolve(source: str | Path, **hub_options: Any) -> Path:
     )
 
     try:
-        hf_hub_download(str(source), "config.json", **hub_options)  # before gigabytes of something else come
-        return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED), **hub_options))
+        hf_hub_download(source, "config.json", **hub_options)  # before gigabytes of something else come
+        return Path(snapshot_download(source, allow_patterns=list(_DOWNLOADED), **hub_options))
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(_NO_BUNDLE.format(source)) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{str(source)!r} is neither 'pocket', nor a folder, nor a bundle that the hub gives ({error})."
+            f"{source!r} is neither {' nor '.join(map(repr, EMBEDDED))}, nor a folder, nor a bundle that the hub gives "
+            f"({error})."
         ) from error
+
+
+def _read_config(folder: Path) -> BundleConfig:
+    """The config of a folder that is a bundle and holds nothing that could run code."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(_NO_BUNDLE.format(folder))
+    unsafe = [file.name for file in folder.rglob("*") if file.suffix.lower() in _UNSAFE_SUFFIXES]
+    if unsafe:
+        raise ValueError(f"{folder} holds files that can run code ({', '.join(unsafe[:3])}); bundles are safetensors.")
+    return BundleConfig.read(folder / "config.json")
+
+
+def _find_shared(folder: Path, shared: str, **hub_options: Any) -> Path:
+    """The folder of the bundle that the one in `folder` shares."""
+    beside = (folder / shared).resolve()
+    if (beside / "config.json").is_file():
+        return beside
+    # The working folder is not looked at, and a path is never asked of the hub.
+    if shared in EMBEDDED:
+        return resolve(shared)
+    if not beside.is_dir() and _HUB_ID.fullmatch(shared):
+        try:
+            return _download(shared, **hub_options)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} takes what it has not from another bundle: {error}") from error
+    raise FileNotFoundError(
+        f"{folder} takes what it has not from the bundle {shared!r}, but there is none at {beside}; put it there, or "
+        "correct `shared` in config.json."
+    )
 
 
 class MotionBundle:
     """The trained parts for one backbone.
 
     Args:
-        config: What the parts are.
+        config: What its own parts are.
         folder: Where parts that are not given are read from.
+        shared: Gives the encoders, resamplers, CAMA and unconditional tokens that this one has not; `config.shared`
+            names it. None although it is named: only the own parts can be used.
         unconditional_tokens: `(l d)`, motion tokens of a grey clip (0 in [-1, 1]).
         **parts: "motion_resampler", "context_resampler", "cama", "motion_injection", "feature_modulation" as modules.
+            One that only the shared bundle describes is this bundle's own from now on.
+
+    Attributes:
+        config: What all parts are, the shared ones too; `own_config` is without these.
     """
 
     def __init__(
@@ -217,12 +264,24 @@ class MotionBundle:
         config: BundleConfig,
         *,
         folder: Path | None = None,
+        shared: "MotionBundle | None" = None,
         unconditional_tokens: Tensor | None = None,
         **parts: nn.Module,
     ) -> None:
+        self.shared = shared
+        self._lent_parts: set[str] = set()
+        self._lent_encoders: set[str] = set()
+        if shared is not None:
+            lent_parts = {name: shared.config.parts[name] for name in _LENT if name in shared.config.parts}
+            lent_encoders = shared.config.encoders
+            self._lent_parts = lent_parts.keys() - config.parts.keys() - parts.keys()
+            self._lent_encoders = lent_encoders.keys() - config.encoders.keys()
+            config = replace(
+                config, parts={**lent_parts, **config.parts}, encoders={**lent_encoders, **config.encoders}
+            )
         if parts.keys() - config.parts.keys():
             raise ValueError(f"The config does not describe {sorted(parts.keys() - config.parts.keys())}.")
-        self.config = config
+        self.config: BundleConfig = config
         self.folder = folder
         self._parts: dict[str, nn.Module] = {}
         self._fingerprints: dict[str, str] = {}
@@ -235,31 +294,46 @@ class MotionBundle:
         """Open a bundle; its tensors are read when they are first used.
 
         Args:
-            source: "pocket", a folder or a hub id.
+            source: "pocket", "pocket-control", a folder or a hub id.
             **hub_options: Passed on to the download, for example `revision`.
 
         Returns:
-            The bundle.
+            The bundle, with the one that it shares.
 
         Raises:
-            FileNotFoundError: If there is no such bundle.
-            ValueError: If the config is malformed, or the folder holds files that could run code.
+            FileNotFoundError: If there is no such bundle, or not the one that it shares.
+            ValueError: If the config is malformed, the folder holds files that could run code, or the shared bundle
+                shares another in turn.
         """
         folder = resolve(source, **hub_options)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(_NO_BUNDLE.format(folder))
-        unsafe = [file.name for file in folder.rglob("*") if file.suffix.lower() in _UNSAFE_SUFFIXES]
-        if unsafe:
+        config = _read_config(folder)
+        if config.shared is None:
+            return cls(config, folder=folder)
+        hub_options.pop("revision", None)  # of this repository, not of the other
+        lender = _find_shared(folder, config.shared, **hub_options)
+        lent = _read_config(lender)
+        if lent.shared is not None:
             raise ValueError(
-                f"{folder} holds files that can run code ({', '.join(unsafe[:3])}); bundles are safetensors."
+                f"{folder} shares {config.shared!r}, a bundle that shares {lent.shared!r} in turn; name one that has "
+                "all its parts itself."
             )
-        return cls(BundleConfig.read(folder / "config.json"), folder=folder)
+        return cls(config, folder=folder, shared=cls(lent, folder=lender))
+
+    @property
+    def own_config(self) -> BundleConfig:
+        """The config without what the shared bundle gives, as in this bundle's config.json."""
+        parts = {name: sizes for name, sizes in self.config.parts.items() if name not in self._lent_parts}
+        encoders = {name: entry for name, entry in self.config.encoders.items() if name not in self._lent_encoders}
+        return replace(self.config, parts=parts, encoders=encoders)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the bundle, in the precision that its parts have now.
 
         Encoders and base model that lie inside this bundle's folder are copied along; those named by a hub id stay
         where they are. A model card is written too, unless the folder has one of its own.
+
+        A bundle that shares another goes on doing so in its own folder, where only its own parts are written. In any
+        other folder it is written with all that it takes from the shared one, and shares nothing.
 
         Args:
             folder: Made if it does not exist; parts of another bundle in it are replaced. Everything is written aside
@@ -274,36 +348,40 @@ class MotionBundle:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: self._part(name).state_dict() for name in self.config.parts}
-        if self._unconditional_tokens is not None or self._file("unconditional_tokens") is not None:
-            tensors["unconditional_tokens"] = {"motion_tokens": self.unconditional_tokens}
+        at_home = self.folder is not None and folder.resolve() == self.folder.resolve()
+        stays = self.shared is None or at_home
+        config = self.own_config if stays else replace(self.config, shared=None)
+        tensors = {name: self._part(name).state_dict() for name in config.parts}
+        holder = self if stays else self._token_holder()
+        if holder._holds_tokens():
+            tensors["unconditional_tokens"] = {"motion_tokens": holder.unconditional_tokens}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-            self.config.write(Path(aside, "config.json"))
+            config.write(Path(aside, "config.json"))
             for name, state in tensors.items():
                 file = Path(aside, f"{name}.safetensors")
                 save_file({key: value.contiguous() for key, value in state.items()}, file)
                 shutil.copymode(Path(aside, "config.json"), file)  # safetensors lets the owner alone read them
-            Path(aside, CARD).write_text(self._model_card(), encoding="utf-8")
+            Path(aside, CARD).write_text(self._model_card(config), encoding="utf-8")
             for name in (*PARTS, "unconditional_tokens"):
                 if name in tensors:
                     os.replace(Path(aside, f"{name}.safetensors"), folder / f"{name}.safetensors")
                 else:
                     (folder / f"{name}.safetensors").unlink(missing_ok=True)
-            self._copy_embedded(folder)
+            self._copy_embedded(folder, config)
             if not has_own_card(folder):
                 os.replace(Path(aside, CARD), folder / CARD)
             os.replace(Path(aside, "config.json"), folder / "config.json")
 
-    def _model_card(self) -> str:
-        base_model = self.config.base_model
+    def _model_card(self, config: BundleConfig) -> str:
+        base_model = config.base_model
         is_folder = self._inside(base_model) is not None or Path(base_model).is_dir()
         on_hub = base_model if _HUB_ID.fullmatch(base_model) and not is_folder else None
-        parts = {name: self._part(name) for name in self.config.parts}
-        return model_card(self.config, parts, hub_base_model=on_hub)
+        parts = {name: self._part(name) for name in config.parts}
+        return model_card(config, parts, hub_base_model=on_hub)
 
-    def _copy_embedded(self, folder: Path) -> None:
-        sources = [self.config.base_model, *(entry.source for entry in self.config.encoders.values())]
-        for source in sources if self.config.denoiser is None else [*sources, self.config.denoiser]:
+    def _copy_embedded(self, folder: Path, config: BundleConfig) -> None:
+        sources = [config.base_model, *(entry.source for entry in config.encoders.values())]
+        for source in sources if config.denoiser is None else [*sources, config.denoiser]:
             inside = self._inside(source)
             if inside is not None and inside != (folder / source).resolve():
                 shutil.copytree(inside, folder / source, dirs_exist_ok=True)
@@ -341,14 +419,17 @@ class MotionBundle:
             Family, base model, parts, and the licence of every weight that it pulls.
         """
         config = self.config
+        lender = self.shared
         return {
             "bundle": str(self.folder or "in memory"),
             "backbone": config.backbone,
             "base_model": config.base_model,
             "trained": config.trained,
             "parts": sorted(config.parts),
+            **({} if lender is None else {"shared": str(lender.folder or "in memory")}),
             "licences": {
                 "bundle": config.licence,
+                **({} if lender is None else {"shared": lender.config.licence}),
                 config.base_model: config.base_model_licence,
                 **{entry.source: entry.licence for entry in config.encoders.values()},
             },
@@ -385,7 +466,10 @@ class MotionBundle:
 
         A converted bundle may lack them; they are then computed once, if its video encoder is on this machine.
         """
-        if self._unconditional_tokens is None and self._file("unconditional_tokens") is None:
+        holder = self._token_holder()
+        if holder is not self:
+            return holder.unconditional_tokens
+        if not self._holds_tokens():
             try:
                 self._unconditional_tokens = self.compute_unconditional_tokens()
             except FileNotFoundError as error:
@@ -438,11 +522,13 @@ class MotionBundle:
         Returns:
             32 hexadecimal characters; a later cast to another precision does not change it.
         """
+        if self.shared is not None and name in self._lent_parts:
+            return self.shared.part_fingerprint(name)
         self._part(name)
         return self._fingerprints[name]
 
     def path_or_id(self, source: str) -> str:
-        """A source of the config as something to load from: a folder inside the bundle, or a hub id.
+        """A source of the config as something to load from: a folder inside the bundle or the shared one, or a hub id.
 
         Args:
             source: `base_model` or the source of an encoder.
@@ -453,6 +539,9 @@ class MotionBundle:
         Raises:
             FileNotFoundError: If it is neither.
         """
+        lender = self._lender(source)
+        if lender is not None:
+            return lender.path_or_id(source)
         inside = self._inside(source)
         if (
             inside is None
@@ -467,13 +556,33 @@ class MotionBundle:
         return source if inside is None else str(inside)
 
     def _inside(self, source: str) -> Path | None:
-        """The folder of a source that lies in the bundle's own folder."""
+        """The folder of a source that lies in the bundle's own folder, or in that of the shared one which names it."""
+        lender = self._lender(source)
+        if lender is not None:
+            return lender._inside(source)
         if self.folder is None:
             return None
         inside = (self.folder / source).resolve()
         return inside if inside.is_dir() and inside.is_relative_to(self.folder.resolve()) else None
 
+    def _lender(self, source: str) -> "MotionBundle | None":
+        """The shared bundle, if a source is one of its encoders' and nothing of this bundle's own."""
+        own = self.own_config
+        if source in (own.base_model, own.denoiser, *(entry.source for entry in own.encoders.values())):
+            return None
+        return self.shared if source in {entry.source for entry in self.config.encoders.values()} else None
+
+    def _holds_tokens(self) -> bool:
+        return self._unconditional_tokens is not None or self._file("unconditional_tokens") is not None
+
+    def _token_holder(self) -> "MotionBundle":
+        """Whose unconditional tokens are used. They follow from video encoder and motion resampler."""
+        same = "motion_resampler" in self._lent_parts and "video" not in self.own_config.encoders
+        return self.shared if self.shared is not None and same and not self._holds_tokens() else self
+
     def _part(self, name: str) -> nn.Module:
+        if self.shared is not None and name in self._lent_parts:
+            return self.shared._part(name)
         if name not in self._parts:
             if name not in self.config.parts:
                 raise ValueError(f"This bundle has no {name}; it has {', '.join(self.config.parts) or 'nothing'}.")

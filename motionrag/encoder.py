@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from motionrag.bundle import POCKET, EncoderSource, MotionBundle
+from motionrag.bundle import EMBEDDED, POCKET, EncoderSource, MotionBundle
 from motionrag.encoders import CLIPEncoder, DINOv2Encoder, SentenceEncoder, VideoMAEEncoder
 from motionrag.encoders.preprocessing import frames_to_tensor
 from motionrag.models import Resampler
@@ -53,7 +53,8 @@ class MotionEncoder:
 
     Args:
         bundle: Gives the resamplers and names the frozen encoders.
-        source: What a database writes down to open this encoder again: "pocket", a folder or a hub id.
+        source: What a database writes down to open this encoder again: "pocket", "pocket-control", a folder or a
+            hub id.
         text_encoder: Another sentence encoder than the bundle's, as hub id or folder; retrieval by text then follows
             it, motion and context tokens stay the same.
         device: Where to run.
@@ -88,7 +89,7 @@ class MotionEncoder:
         """Open the encoder of a bundle.
 
         Args:
-            source: "pocket", a bundle folder or a hub id.
+            source: "pocket", "pocket-control", a bundle folder or a hub id.
             text_encoder: Sentence encoder to use in place of the bundle's: hub id or folder.
             device: Where to run.
             dtype: Working precision of the networks.
@@ -312,4 +313,4 @@ def pool_motion(motion_tokens: Tensor) -> Tensor:
 
 def _lasting(source: str | Path) -> str:
     """A source that means the same from any working folder."""
-    return str(Path(source).resolve()) if str(source) != POCKET and Path(source).is_dir() else str(source)
+    return str(Path(source).resolve()) if str(source) not in EMBEDDED and Path(source).is_dir() else str(source)

@@ -52,6 +52,7 @@ def model_card(config: "BundleConfig", parts: Mapping[str, nn.Module], *, hub_ba
         ("base model", config.base_model, config.base_model_licence or "not stated"),
         *((f"{name} encoder", each.source, each.licence or "not stated") for name, each in config.encoders.items()),
     ]
+    lent = f"\nEncoders, resamplers and CAMA that it has not come from another bundle: `{config.shared}`.\n"
     return f"""---
 {_MARK}
 {_metadata(config, hub_base_model)}
@@ -64,7 +65,7 @@ that [MotionRAG](https://arxiv.org/abs/2509.26391) adds to a frozen image-to-vid
 {config.backbone}, for the library motionrag.
 
 {_table(("part", "parameters", "precision", "fingerprint"), sizes)}
-
+{lent if config.shared else ""}
 Licence of the parts: {config.licence or "not stated"}. They work with these frozen weights, which have licences of
 their own and are in this folder only where they are named by a path in it:
 

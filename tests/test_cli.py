@@ -137,7 +137,7 @@ def test_verify_fails_on_damage(database, tmp_path):
     [
         (["search", "nowhere", "--text", "x"], 1, "There is no database at"),
         (["index", "nowhere", "--out", "db"], 1, "There is no file or folder nowhere"),
-        (["info", "no/such/bundle"], 1, "neither 'pocket', nor a folder"),
+        (["info", "no/such/bundle"], 1, "neither 'pocket' nor 'pocket-control', nor a folder"),
         (["search", "nowhere"], 2, "--text, --image or --motion"),
         (["index", "clips"], 2, "--out"),
         (["sing"], 2, "No such command 'sing'"),
