@@ -27,17 +27,8 @@ WAY = [(20, 20), (40, 30)]
 @pytest.fixture(scope="module")
 def diffusers_pipe():
     """The tiny SVD with an autoencoder that divides by 8, as MotionPro's networks expect."""
-    from diffusers import AutoencoderKLTemporalDecoder
-
-    pipe = svd_pipeline()
-    torch.manual_seed(3)
-    vae = AutoencoderKLTemporalDecoder(
-        block_out_channels=(32,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-    )
-    made = type(pipe)(**{**pipe.components, "vae": vae.eval()})
+    made = svd_pipeline(levels=4)
+    made.vae.eval()
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -20,6 +20,8 @@ from motionrag.backbones.size import valid_frames, valid_size
 FPS = 7
 HEIGHT, WIDTH = 576, 1024
 MOTION_BUCKET = 127  # diffusers' default; the model was told how much a clip moves, here it learns that from the tokens
+TOLD = (FPS - 1, MOTION_BUCKET)  # diffusers passes on one frame per second less than it is given
+CONTROL_FPS, CONTROL_BUCKET = 9, 17  # MotionPro tells the model 8 frames per second
 SIGMA = (0.7, 1.6)  # log-normal noise level in training
 IMAGE_NOISE = (-3.0, 0.5)  # log-normal noise of the image that the video starts from
 
@@ -114,7 +116,8 @@ def training_loss(
 
     Args:
         pipeline: With UNet; nothing else is used.
-        batch: From `encode`.
+        batch: From `encode`; with `told` `(b 2)`, frames per second less one and motion bucket, if the model is told
+            others than diffusers' own.
         generator: Of noise and noise levels, on the CPU.
         max_weight: Highest value of (σ² + 1)/σ².
         motion_weight: How much more latents count that differ from the first frame's; 0 treats all alike.
@@ -132,12 +135,12 @@ def training_loss(
     conditioned = rearrange(embeds.flatten(1).any(dim=1), "b -> b 1 1 1")
     image = repeat(conditioned * batch["image_latents"], "b c h w -> b t c h w", t=latents.shape[1])
     strength = batch["noise_aug_strength"]
-    settings = strength.new_tensor([FPS - 1, MOTION_BUCKET]).expand(len(latents), 2)  # SVD was told fps - 1
+    told = batch.get("told", strength.new_tensor(TOLD).expand(len(latents), 2))
     predicted = pipeline.unet(
         torch.cat([noisy / (sigma**2 + 1).sqrt(), image], dim=2),
         0.25 * level.log(),
         encoder_hidden_states=embeds,
-        added_time_ids=torch.cat([settings, strength[:, None]], dim=1),
+        added_time_ids=torch.cat([told, strength[:, None]], dim=1),
     ).sample
     clean = noisy / (sigma**2 + 1) - predicted.float() * sigma / (sigma**2 + 1).sqrt()
     weight = ((level**2 + 1) / level**2).clamp(max=max_weight)
@@ -165,7 +168,6 @@ SVD = Backbone(
         "stabilityai/stable-video-diffusion-img2vid": "Stability AI Community License",
         "stabilityai/stable-video-diffusion-img2vid-xt": "Stability AI Community License",
     },
-    # MotionPro tells the model 8 frames per second, and diffusers passes on one less than it is given.
-    control_options={"fps": 9, "motion_bucket_id": 17},
+    control_options={"fps": CONTROL_FPS, "motion_bucket_id": CONTROL_BUCKET},
     published_prefix="unet.",
 )

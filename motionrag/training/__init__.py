@@ -5,6 +5,7 @@
 
 from motionrag.training.adaptation import AdaptationTraining, DatabaseReferences, RetrievedReferences
 from motionrag.training.autoencoder import AutoencoderTraining
+from motionrag.training.control import ControlTraining
 from motionrag.training.data import ClipDataModule
 from motionrag.training.diffusion import BackboneTraining, InjectionTraining
 from motionrag.training.encoded import EncodedClips
@@ -20,6 +21,7 @@ __all__ = [
     "BackboneTraining",
     "ClipDataModule",
     "ClipFolder",
+    "ControlTraining",
     "DatabaseReferences",
     "EncodedClips",
     "ImageEncoderTraining",

@@ -1,12 +1,13 @@
-"""Training of a small CogVideoX autoencoder that compresses space only, frame by frame.
+"""Training of a small autoencoder that compresses space only, frame by frame: CogVideoX's, or that of SVD.
 
-With a temporal factor of 1 nothing in the network needs the frames before: all temporal taps of its causal
-convolutions but the last are zero, and stay so. A frame then runs through two-dimensional convolutions with the same
-weights, twice as fast, and the result is what the network gives for a single frame.
+Nothing in such a network needs other frames. All temporal taps of its convolutions but the frame's own are zero, and
+stay so. In CogVideoX's a frame then runs through two-dimensional convolutions with the same weights, twice as fast,
+and the result is what the network gives for a single frame.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -18,7 +19,7 @@ from motionrag.training.optimisation import OptimisedModule
 
 
 class AutoencoderTraining(OptimisedModule):
-    """Trains a CogVideoX VAE on single frames.
+    """Trains the VAE of CogVideoX or SVD on single frames.
 
     The loss is the mean absolute error of pixels and of their differences to the neighbours, with things weighted
     more than the backdrop, and a small KL term.
@@ -45,14 +46,12 @@ class AutoencoderTraining(OptimisedModule):
         kl_weight: float = 1e-5,
     ) -> None:
         super().__init__()
-        from diffusers import AutoencoderKLCogVideoX
+        from diffusers import AutoModel
 
         self.save_hyperparameters()
         self.folder = folder
-        self.vae = AutoencoderKLCogVideoX.from_pretrained(folder).train()
-        if self.vae.config.temporal_compression_ratio != 1:
-            raise ValueError(f"{folder} compresses time; only a VAE with temporal_compression_ratio 1 is trained here.")
-        _keep_last_tap(self.vae)
+        self.vae: Any = AutoModel.from_pretrained(folder).train()
+        self.framewise: _Framewise = _FRAMEWISE[self.vae.config._class_name](self.vae)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Reconstruct frames.
@@ -84,34 +83,77 @@ class AutoencoderTraining(OptimisedModule):
         """Set the scale that gives latents unit variance, and write the VAE."""
         loader: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
         batch = next(iter(loader))
-        with single_frames(self.vae):
-            latents = self.vae.encode(rearrange(batch["video"].to(self.device), "b t c h w -> b c t h w")).latent_dist
+        latents = self.framewise.encode(rearrange(batch["video"].to(self.device), "b 1 c h w -> b c h w"))
         self.vae.register_to_config(scaling_factor=float(1 / latents.mode().std()))
         self.vae.save_pretrained(Path(self.folder))
 
     def _reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Error, KL divergence and the frames `(b t c h w)`."""
-        video = rearrange(batch["video"], "b t c h w -> b c t h w")
-        with single_frames(self.vae):
-            latents = self.vae.encode(video).latent_dist
-            frames = self.vae.decode(latents.sample()).sample.float()
-        weight = 1 + (self.hparams["thing_weight"] - 1) * (batch["masks"][:, None] > 0)
+        video = rearrange(batch["video"], "b 1 c h w -> b c h w")
+        latents = self.framewise.encode(video)
+        frames = self.framewise.decode(latents.sample()).float()
+        weight = 1 + (self.hparams["thing_weight"] - 1) * (batch["masks"] > 0)
         difference = frames - video
         error = (weight * difference.abs()).mean()
         edges = sum((weight * F.pad(difference.diff(dim=axis), pad)).abs().mean() for axis, pad in _NEIGHBOURS)
         return (
             error + 0.5 * edges,
             latents.kl().mean() / latents.mean[0].numel(),
-            rearrange(frames, "b c t h w -> b t c h w"),
+            rearrange(frames, "b c h w -> b 1 c h w"),
         )
 
 
 _NEIGHBOURS = ((-1, (0, 1)), (-2, (0, 0, 0, 1)))
 
 
-def _keep_last_tap(vae: nn.Module) -> None:
-    with torch.no_grad():
-        for layer in causal_convolutions(vae):
-            last = layer.conv.weight[:, :, -1].clone()
-            layer.conv.weight.zero_()
-            layer.conv.weight[:, :, -1] = last
+class _Framewise(Protocol):
+    def encode(self, frames: Tensor) -> Any: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class _FramewiseCogVideoX:
+    """A CogVideoX VAE with temporal factor 1 on frames `(b c h w)`; its latents have an axis of one frame."""
+
+    def __init__(self, vae: Any) -> None:
+        if vae.config.temporal_compression_ratio != 1:
+            raise ValueError("The VAE compresses time; only one with temporal_compression_ratio 1 is trained here.")
+        self.vae = vae
+        _keep_tap([layer.conv for layer in causal_convolutions(vae)], -1)
+
+    def encode(self, frames: Tensor) -> Any:
+        with single_frames(self.vae):
+            return self.vae.encode(rearrange(frames, "b c h w -> b c 1 h w")).latent_dist
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with single_frames(self.vae):
+            return rearrange(self.vae.decode(latents).sample, "b c 1 h w -> b c h w")
+
+
+class _FramewiseTemporalDecoder:
+    """The VAE of SVD on frames `(b c h w)`; time is mixed in its decoder only."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        _keep_tap([layer for layer in vae.decoder.modules() if isinstance(layer, nn.Conv3d)], 1)
+
+    def encode(self, frames: Tensor) -> Any:
+        return self.vae.encode(frames).latent_dist
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents, num_frames=1).sample
+
+
+_FRAMEWISE: dict[str, type[Any]] = {
+    "AutoencoderKLCogVideoX": _FramewiseCogVideoX,
+    "AutoencoderKLTemporalDecoder": _FramewiseTemporalDecoder,
+}
+
+
+@torch.no_grad()
+def _keep_tap(convolutions: Sequence[nn.Conv3d], tap: int) -> None:
+    """Zero the weights `(c c t h w)` of all frames but one; frames around a single one are zero, so they stay zero."""
+    for convolution in convolutions:
+        own = convolution.weight[:, :, tap].clone()
+        convolution.weight.zero_()
+        convolution.weight[:, :, tap] = own

@@ -54,7 +54,7 @@ def replace_clips(chosen: Tensor, ours: Tensor, others: Tensor) -> Tensor:
     return torch.where(chosen.to(others.device).view(-1, *[1] * (others.ndim - 1)), ours, others)
 
 
-class _DiffusionTraining(OptimisedModule):
+class DiffusionTraining(OptimisedModule):
     """What the stages that need the backbone share: its loss with reproducible noise."""
 
     backbone: Any
@@ -119,7 +119,7 @@ class _DiffusionTraining(OptimisedModule):
         return self.trainer.fit_loop.total_batch_idx
 
 
-class BackboneTraining(_DiffusionTraining):
+class BackboneTraining(DiffusionTraining):
     """Stage 0: trains or fine-tunes the denoiser itself, without motion tokens.
 
     Args:
@@ -208,7 +208,7 @@ class BackboneTraining(_DiffusionTraining):
             self.denoiser.save_pretrained(Path(self.hparams["output"]))  # type: ignore[operator]
 
 
-class InjectionTraining(_DiffusionTraining):
+class InjectionTraining(DiffusionTraining):
     """Stage 1: trains motion injection and motion resampler; a clip's reference is the clip itself.
 
     Paper, 3.5: AdamW 5e-5, gradient norm at most 0.5, motion tokens dropped with p 0.15. The backbone is frozen.
@@ -367,7 +367,7 @@ class InjectionTraining(_DiffusionTraining):
         grey = self.resampler(batch["grey_features"][:1].to(self.device))[0]
         save_parts(self.bundle, self.hparams["bundle"], unconditional_tokens=grey.float().cpu(), **self.trained_parts())
 
-    def trained_parts(self) -> dict[str, nn.Module]:
+    def trained_parts(self) -> dict[str, Any]:
         """What this stage trains.
 
         Returns:
@@ -377,7 +377,12 @@ class InjectionTraining(_DiffusionTraining):
 
 
 def save_parts(
-    bundle: MotionBundle, folder: str | Path, *, unconditional_tokens: Tensor | None = None, **parts: nn.Module
+    bundle: MotionBundle,
+    folder: str | Path,
+    *,
+    unconditional_tokens: Tensor | None = None,
+    denoiser: str | None = None,
+    **parts: nn.Module,
 ) -> None:
     """Write a bundle in which some parts are replaced; the others stay as they are.
 
@@ -385,10 +390,19 @@ def save_parts(
         bundle: The one that training started from.
         folder: Where to write.
         unconditional_tokens: `(l d)`; None keeps the bundle's.
+        denoiser: Folder in the bundle with a denoiser of its own; None keeps what the bundle says.
         **parts: Trained modules by name.
     """
-    # The last stage that a bundle needs is the one that trains CAMA.
-    config = replace(bundle.config, trained=bundle.config.trained or "cama" in parts)
-    others = {name: getattr(bundle, name) for name in bundle.config.parts if name not in parts}
-    tokens = bundle.unconditional_tokens if unconditional_tokens is None else unconditional_tokens
-    MotionBundle(config, folder=bundle.folder, unconditional_tokens=tokens, **others, **parts).save_pretrained(folder)
+    # The last stage that a bundle needs is the one that trains CAMA, or else its control.
+    trained = bundle.config.trained or not parts.keys().isdisjoint({"cama", "feature_modulation"})
+    config = replace(bundle.own_config, trained=trained, denoiser=denoiser or bundle.own_config.denoiser)
+    others = {name: getattr(bundle, name) for name in config.parts if name not in parts}
+    written = MotionBundle(
+        config,
+        folder=bundle.folder,
+        shared=bundle.shared,
+        unconditional_tokens=unconditional_tokens,
+        **others,
+        **parts,
+    )
+    written.save_pretrained(folder)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from motionrag.training.adaptation import CaptionNeighbours
 from motionrag.training.diffusion import InjectionTraining, replace_clips
@@ -67,7 +67,7 @@ class JointTraining(InjectionTraining):
         grey = self.resampler(batch["grey_features"][:1]).to(predicted)
         return replace_clips(drop, grey, predicted)
 
-    def trained_parts(self) -> dict[str, nn.Module]:
+    def trained_parts(self) -> dict[str, Any]:
         """What this stage trains.
 
         Returns:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from motionrag.adapters import AttentionInjection
+from motionrag.adapters import AttentionInjection, FeatureModulation
 from motionrag.backbones import backbone_of_index
 from motionrag.bundle import ENCODERS, BundleConfig, EncoderSource, MotionBundle
 from motionrag.models import CAMA, Resampler
@@ -18,6 +19,7 @@ def new_bundle(
     folder: str | Path,
     *,
     encoders: Mapping[str, EncoderSource] = ENCODERS,
+    control: bool = False,
     seed: int = 0,
 ) -> MotionBundle:
     """Write an untrained bundle of the published sizes. Of base model and encoders only the configs are read.
@@ -26,6 +28,7 @@ def new_bundle(
         base_model: Diffusers pipeline, hub id or folder.
         folder: Of the bundle; must not exist.
         encoders: "video", "image", "clip" and "text" → frozen encoder.
+        control: Add feature modulation, for control by trajectories (SVD).
         seed: Of the weights.
 
     Returns:
@@ -33,7 +36,7 @@ def new_bundle(
 
     Raises:
         FileExistsError: If there is something at `folder`.
-        ValueError: If motionrag cannot train this backbone.
+        ValueError: If motionrag cannot train this backbone, or control does not fit it.
     """
     import diffusers
     from transformers import AutoConfig
@@ -49,7 +52,9 @@ def new_bundle(
     with torch.device("meta"):  # gigabytes, of which the adapter needs the shapes
         denoiser = denoiser_class.from_config(denoiser_config)
     torch.manual_seed(seed)
-    injection = AttentionInjection.for_model(denoiser, token_dim=TOKEN_DIM)
+    adapters: dict[str, Any] = {"motion_injection": AttentionInjection.for_model(denoiser, token_dim=TOKEN_DIM)}
+    if control:
+        adapters["feature_modulation"] = FeatureModulation.for_model(denoiser)
     resampler = {
         "dim": TOKEN_DIM,
         "output_dim": TOKEN_DIM,
@@ -71,7 +76,7 @@ def new_bundle(
                 "motion_resampler": motion_resampler,
                 "context_resampler": context_resampler,
                 "cama": cama,
-                "motion_injection": injection.config(),
+                **{name: adapter.config() for name, adapter in adapters.items()},
             },
             trained=False,
         ),
@@ -79,7 +84,7 @@ def new_bundle(
         motion_resampler=Resampler(**motion_resampler),
         context_resampler=Resampler(**context_resampler),
         cama=CAMA(**cama),
-        motion_injection=injection,
+        **adapters,
     )
     bundle.save_pretrained(folder)
     return bundle

@@ -13,7 +13,10 @@ SIZE, FRAMES, NUM_TOKENS, TOKEN_DIM = 32, 5, 3, 16
 
 
 class Squares(Dataset):
-    """Random clips with captions of two words; two clips in a row are cut from one video."""
+    """Random clips with captions of two words; two clips in a row are cut from one video.
+
+    Their flow is made up: the lower half moves, each clip at a speed of its own.
+    """
 
     reads = 0
 
@@ -29,7 +32,14 @@ class Squares(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         Squares.reads += 1
-        return {"video": self.videos[index], "caption": self.texts[index]}
+        flow = torch.zeros(FRAMES, SIZE, SIZE, 2)
+        flow[:, SIZE // 2 :] = (torch.arange(FRAMES) * (1.0 + index))[:, None, None, None]
+        return {
+            "video": self.videos[index],
+            "caption": self.texts[index],
+            "true_flow": flow,
+            "true_visible": torch.ones(FRAMES, SIZE, SIZE, dtype=torch.bool),
+        }
 
 
 class Losses(lightning.Callback):
@@ -94,7 +104,8 @@ def pipeline():
     )
 
 
-def svd_pipeline():
+def svd_pipeline(levels: int = 2):
+    """A tiny SVD; the autoencoder halves the size one time less than it has levels."""
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -113,8 +124,8 @@ def svd_pipeline():
     )
     return StableVideoDiffusionPipeline(
         vae=AutoencoderKLTemporalDecoder(
-            block_out_channels=(32, 32),
-            down_block_types=("DownEncoderBlock2D",) * 2,
+            block_out_channels=(32,) * levels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
             layers_per_block=1,
             latent_channels=4,
         ),
@@ -125,9 +136,9 @@ def svd_pipeline():
     )
 
 
-def write_bundle(folder: Path, pipe) -> None:
+def write_bundle(folder: Path, pipe, *, control: bool = False) -> None:
     """A whole bundle: tiny encoders, untrained parts, and the backbone in its folder."""
-    from motionrag.adapters import AttentionInjection
+    from motionrag.adapters import AttentionInjection, FeatureModulation
     from motionrag.backbones import backbone_of_denoiser
     from motionrag.bundle import BundleConfig, EncoderSource, MotionBundle
     from motionrag.encoders import CLIPEncoder, DINOv2Encoder, SentenceEncoder, VideoMAEEncoder
@@ -157,6 +168,10 @@ def write_bundle(folder: Path, pipe) -> None:
     injection = AttentionInjection.for_model(denoiser, token_dim=TOKEN_DIM)
     for adapter in injection.sites.values():
         torch.nn.init.normal_(adapter.to_v.weight, std=0.5)  # so that gradients reach everything from the first step
+    modulation = {"feature_modulation": FeatureModulation.for_model(denoiser)} if control else {}
+    for name, weight in [pair for part in modulation.values() for pair in part.named_parameters()]:
+        if name.startswith("sites") and ".temporal." in name:
+            torch.nn.init.normal_(weight, std=0.1)
     MotionBundle(
         BundleConfig(
             backbone=backbone_of_denoiser(denoiser).name,
@@ -167,6 +182,7 @@ def write_bundle(folder: Path, pipe) -> None:
                 "context_resampler": resampler,
                 "cama": cama,
                 "motion_injection": injection.config(),
+                **{name: part.config() for name, part in modulation.items()},
             },
             trained=False,
         ),
@@ -175,6 +191,7 @@ def write_bundle(folder: Path, pipe) -> None:
         context_resampler=Resampler(**resampler),
         cama=CAMA(**cama),
         motion_injection=injection,
+        **modulation,
     ).save_pretrained(folder)
 
 
@@ -182,13 +199,16 @@ def named(class_path: str, **init_args) -> dict:
     return {"class_path": class_path, "init_args": init_args}
 
 
-def encoded(bundle: Path, cache: Path, features: list[str], *, latents: bool, count: int = 8) -> dict:
+def encoded(
+    bundle: Path, cache: Path, features: list[str], *, latents: bool, count: int = 8, flow: str | None = None
+) -> dict:
     return named(
         "motionrag.training.EncodedClips",
         clips=named("tests.training.parts.Squares", count=count),
         folder=str(cache),
         bundle=str(bundle),
         features=features,
+        flow=flow,
         precision="float32",
         **({"pipeline": str(bundle / "backbone")} if latents else {}),
     )
@@ -201,6 +221,19 @@ def stage(name: str, bundle: Path, cache: Path) -> tuple[dict, dict]:
         return (
             named("motionrag.training.InjectionTraining", **options, token_dropout=0.3, prompt_dropout=0.3),
             encoded(bundle, cache, ["motion_features"], latents=True),
+        )
+    if name.startswith("control"):
+        return (
+            named(
+                "motionrag.training.ControlTraining",
+                **options,
+                denoiser=name.removeprefix("control_"),
+                lora_rank=2,
+                control_dropout=0.3,
+                token_dropout=0.3,
+                drop_ratio=[0.2, 0.5],
+            ),
+            encoded(bundle, cache, ["motion_features"], latents=True, flow="true"),
         )
     features = (
         ["motion_tokens", "context_features"] if name == "adaptation" else ["motion_features", "context_features"]
