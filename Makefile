@@ -7,10 +7,13 @@ export TOKENIZERS_PARALLELISM ?= false
 # A process for each core, and one thread each: networks in tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-fast test-int8 lint format clean
+.PHONY: demo demo-control test test-fast test-int8 lint format clean
 
 demo: .venv/installed
 	$(BIN)/motionrag demo
+
+demo-control: .venv/installed
+	$(BIN)/motionrag demo --control
 
 test: .venv/installed
 	$(PYTEST)

@@ -163,7 +163,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What should happen; also searches the captions.")] = "",
     negative_prompt: Annotated[str | None, typer.Option(help="What should not happen.")] = None,
     database: Annotated[Path | None, typer.Option(help="Where motion is retrieved from.")] = None,
-    backbone: Annotated[str, typer.Option(help="'pocket', a bundle, or with --bundle a diffusers model.")] = "pocket",
+    backbone: Annotated[
+        str, typer.Option(help="'pocket[-control]', a bundle, or with --bundle a diffusers model.")
+    ] = "pocket",
     bundle: Annotated[str | None, typer.Option(help="Trained parts for the backbone: folder or hub id.")] = None,
     references: Annotated[int, typer.Option(min=0, help="Most references; 0 for the plain backbone.")] = 9,
     scale: Annotated[float, typer.Option(help="Strength of the injected motion.")] = 1.0,
@@ -293,7 +295,10 @@ def compact(database: DatabasePath) -> None:
     print(f"{database}: {before} bytes before, {opened.info()['bytes']} now.")
 
 
-@app.command(epilog="Example: motionrag demo --out outputs/demo, or: motionrag demo clips/ --captions clips/clips.csv")
+@app.command(
+    epilog="Example: motionrag demo --out outputs/demo, or: motionrag demo clips/ --captions clips/clips.csv, "
+    "or: motionrag demo --control"
+)
 def demo(
     clips: Annotated[Path | None, typer.Argument(help="Folder or manifest; default: three rendered domains.")] = None,
     captions: Annotated[Path | None, typer.Option(help="Captions for the folder.")] = None,
@@ -303,15 +308,34 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option(help="What should happen; default: names no motion, or that clip's caption.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("outputs/demo"),
+    control: Annotated[
+        bool, typer.Option("--control", help="Drag the things of a scene, or of --image, along ways instead.")
+    ] = False,
+    tracks: Annotated[Path | None, typer.Option(help="With --control and --image: a track file, the ways.")] = None,
+    bundle: Annotated[str | None, typer.Option(help="With --control: bundle to use. Default: pocket-control.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where everything is written. Default: outputs/demo or outputs/demo-control."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     as_json: AsJSON = False,
 ) -> None:
-    """Generate from one image without retrieval and under each database: three domains, or your clips."""
+    """Generate from one image without retrieval and under each database: three domains, or your clips.
+
+    With --control, from one image without and with ways for its things: a scene's, or your --tracks for your --image.
+    """
+    if control:
+        if any(given is not None for given in (clips, captions, prompt)):
+            raise typer.BadParameter("--control retrieves nothing of yours; leave out CLIPS, --captions and --prompt")
+        _demo_control(image, tracks, bundle, out or Path("outputs/demo-control"), steps, seed, as_json)
+        return
+    if tracks is not None or bundle is not None:
+        raise typer.BadParameter("--tracks and --bundle belong to --control")
     from motionrag.pocket.demo import run_demo
 
     _hide_loading_bars()
+    out = out or Path("outputs/demo")
     done = run_demo(clips, captions=captions, image=image, prompt=prompt, out=out, num_inference_steps=steps, seed=seed)
     if as_json:
         print(done.report.read_text(encoding="utf-8"), end="")
@@ -359,6 +383,7 @@ def train(
 def new_bundle(
     base_model: Annotated[str, typer.Argument(help="Diffusers pipeline to train for: hub id or folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the bundle; must not exist.")],
+    control: Annotated[bool, typer.Option("--control", help="With feature modulation, to be dragged (SVD).")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
     """Make an untrained bundle of the published sizes, to train from scratch."""
@@ -366,7 +391,7 @@ def new_bundle(
         from motionrag.training.start import new_bundle as make
 
     _hide_loading_bars()
-    make(base_model, out, seed=seed)
+    make(base_model, out, control=control, seed=seed)
     print(f"{out} is ready to be trained: motionrag train --config configs/…, see docs/training.md")
 
 
@@ -493,6 +518,36 @@ def evaluate_pocket(
     print(f"Per-clip figures, summary and table: {report.folder}")
 
 
+@evaluate_app.command("pocket-control", epilog="Example: motionrag evaluate pocket-control --steps 10 --dtype bfloat16")
+def evaluate_pocket_control(
+    out: Annotated[Path, typer.Option("--out", help="Where everything is written; a stopped run continues.")] = Path(
+        "outputs/evaluation-control"
+    ),
+    bundle: Annotated[str, typer.Option(help="'pocket-control' or the folder of a bundle like it.")] = "pocket-control",
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes of each part.")] = 72,
+    noises: Annotated[int, typer.Option(min=1, help="Noises for each scene.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of scenes and noises.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="Working precision of the backbone.")] = Precision.float32,
+    as_json: AsJSON = False,
+) -> None:
+    """Drag things of unseen scenes: do they go where they shall, does all else stay, and does retrieval fit in?"""
+    import torch
+
+    from motionrag.evaluation import ControlSizes, evaluate_pocket_control
+    from motionrag.pipeline import MotionRAGPipeline
+
+    _hide_loading_bars()
+    pipe = MotionRAGPipeline.from_pretrained(bundle, dtype=getattr(torch, dtype.torch_name))
+    sizes = ControlSizes(scenes=scenes, noises=noises, seed=seed)
+    report = evaluate_pocket_control(pipe, out=out, sizes=sizes, num_inference_steps=steps)
+    if as_json:
+        _print_json(report.summary)
+        return
+    print(report.table)
+    print(f"Per-clip figures, report and sheet: {report.folder}")
+
+
 @evaluate_app.command(
     "mc-bench", epilog="Example: motionrag evaluate mc-bench MC-Bench/ videos/ --out outputs/mc-bench"
 )
@@ -500,8 +555,10 @@ def evaluate_mc_bench(
     root: Annotated[Path, typer.Argument(help="The benchmark: CATEGORY/ITEM/meta_data.json and its images.")],
     videos: Annotated[Path, typer.Argument(help="CATEGORY/ITEM.mp4, or one video in CATEGORY/ITEM/.")],
     out: Annotated[Path, typer.Option("--out", help="Where figures are written; a stopped run continues.")],
-    tracker: Annotated[str, typer.Option(help="optical-flow, or cotracker where it is installed.")] = "optical-flow",
-    tracker_weights: Annotated[Path | None, typer.Option(help="CoTracker's checkpoint.")] = None,
+    tracker: Annotated[
+        str, typer.Option(help="optical-flow, raft, or cotracker where it is installed.")
+    ] = "optical-flow",
+    tracker_weights: Annotated[Path | None, typer.Option(help="Of a learned tracker.")] = None,
     frames: Annotated[int, typer.Option(min=1, max=15, help="Frames compared with frame 0.")] = 15,
     panels: Annotated[bool, typer.Option("--panels", help="Five pictures side by side; the last one counts.")] = False,
     image_encoder: Annotated[
@@ -582,6 +639,31 @@ def _needs_lightning() -> Iterator[None]:
         if error.name is None or error.name.split(".")[0] not in ("pytorch_lightning", "jsonargparse"):
             raise
         raise ImportError("Training needs Lightning: pip install 'motionrag[train]'") from error
+
+
+def _demo_control(
+    image: Path | None,
+    tracks: Path | None,
+    bundle: str | None,
+    out: Path,
+    steps: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    from motionrag.pocket.demo_control import BUNDLE, run_control_demo
+
+    _hide_loading_bars()
+    done = run_control_demo(
+        image=image, tracks=tracks, bundle=bundle or BUNDLE, out=out, num_inference_steps=steps, seed=seed
+    )
+    if as_json:
+        print(done.report.read_text(encoding="utf-8"), end="")
+        return
+    laps = ", ".join(f"{name} {seconds:g} s" for name, seconds in done.seconds.items())
+    print(f"{done.table}\nTime: {laps}.")
+    print(f"Videos: {' '.join(map(str, done.videos))}\nSheet:  {done.sheet}\nReport: {done.report}")
+    if done.note:
+        print(f"Note: {done.note}")
 
 
 def _errors_in_words(errors: dict[str, float]) -> str:

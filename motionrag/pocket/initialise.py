@@ -220,7 +220,7 @@ def initialise(folder: str | Path) -> None:
         "motion_resampler": _sharp(Resampler(**motion_resampler)),
         "context_resampler": _sharp(Resampler(**context_resampler)),
         "cama": CAMA(**cama),
-        "motion_injection": _ready(injection),
+        "motion_injection": ready(injection),
     }
     config = BundleConfig(
         backbone="cogvideox",
@@ -260,7 +260,7 @@ def _sharp(resampler: Resampler) -> Resampler:
 
 
 @torch.no_grad()
-def _ready(injection: AttentionInjection) -> AttentionInjection:
+def ready(injection: AttentionInjection) -> AttentionInjection:
     """Queries that choose, and values that are not zero: from zero, queries and keys get no gradient at first."""
     for name, weight in injection.named_parameters():
         if name.endswith("to_q.weight"):
