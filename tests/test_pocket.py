@@ -58,7 +58,14 @@ pipe = MotionRAGPipeline.from_pretrained("pocket")
 pipe.pipeline.set_progress_bar_config(disable=True)
 out = pipe(Image.new("RGB", (64, 64), "red"), "a red ball falls", num_references=0, num_inference_steps=1)
 assert len(out.frames[0]) == 17 and out.frames[0][0].size == (64, 64)
+dragged = MotionRAGPipeline.from_pretrained("pocket-control")
+dragged.pipeline.set_progress_bar_config(disable=True)
+way = [(20, 20), (40, 30)]
+out = dragged(Image.new("RGB", (64, 64), "red"), trajectories=[way], num_references=0, num_inference_steps=1)
+assert len(out.frames[0]) == 17 and out.frames[0][0].size == (64, 64)
 encoder = MotionEncoder.from_pretrained()
+for what in ("text", "image", "motion_tokens", "context_tokens"):
+    assert dragged.encoder.fingerprint(what) == encoder.fingerprint(what)  # one database serves both
 print({what: encoder.fingerprint(what) for what in ("text", "image", "motion_tokens", "context_tokens")})
 """
 

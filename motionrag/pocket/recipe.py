@@ -168,7 +168,7 @@ def pack(source: str | Path, target: str | Path, *, dtype: torch.dtype = torch.f
     for file in target.rglob("tokenizer.json"):  # written with a line for every word
         content = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    for file in target.rglob("config.json"):
+    for file in (*target.rglob("config.json"), *target.rglob("model_index.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:  # where the weights lay while they were trained
             file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
