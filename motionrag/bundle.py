@@ -350,7 +350,7 @@ class MotionBundle:
         folder.mkdir(parents=True, exist_ok=True)
         at_home = self.folder is not None and folder.resolve() == self.folder.resolve()
         stays = self.shared is None or at_home
-        config = self.own_config if stays else replace(self.config, shared=None)
+        config = self.own_config if stays else replace(self.config, shared=None, licence=self._licence_of_both())
         tensors = {name: self._part(name).state_dict() for name in config.parts}
         holder = self if stays else self._token_holder()
         if holder._holds_tokens():
@@ -371,6 +371,11 @@ class MotionBundle:
             if not has_own_card(folder):
                 os.replace(Path(aside, CARD), folder / CARD)
             os.replace(Path(aside, "config.json"), folder / "config.json")
+
+    def _licence_of_both(self) -> str:
+        """What holds for own parts and shared ones together."""
+        licences = [each.config.licence for each in (self, self.shared) if each is not None and each.config.licence]
+        return " and ".join(dict.fromkeys(licences))
 
     def _model_card(self, config: BundleConfig) -> str:
         base_model = config.base_model

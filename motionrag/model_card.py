@@ -58,7 +58,7 @@ def model_card(config: "BundleConfig", parts: Mapping[str, nn.Module], *, hub_ba
 {_metadata(config, hub_base_model)}
 ---
 
-# Motion bundle for {config.base_model}
+# Motion bundle for {hub_base_model or config.backbone}
 
 {"" if config.trained else "**Untrained:** these are random weights, to train from. "}The parts
 that [MotionRAG](https://arxiv.org/abs/2509.26391) adds to a frozen image-to-video model of the family

@@ -225,7 +225,7 @@ def test_elsewhere_it_stands_alone(folder, tmp_path):
     shutil.rmtree(folder.parent)
     copy = MotionBundle.from_pretrained(tmp_path / "copy")
     assert copy.shared is None
-    assert copy.config == replace(original.config, shared=None)
+    assert copy.config == replace(original.config, shared=None, licence="MIT and Apache-2.0")
     assert {name: copy.part_fingerprint(name) for name in copy.config.parts} == expected
     assert torch.equal(copy.unconditional_tokens, tokens)
     assert Path(copy.path_or_id("image_encoder"), "config.json").read_text() == '{"width": 6}'

@@ -196,7 +196,7 @@ def test_a_damaged_file_on_the_hub_is_named(hub):
 
 
 def test_a_repository_that_does_not_exist_is_named(hub):
-    with pytest.raises(FileNotFoundError, match="someone/else' is neither 'pocket', nor a folder, nor a bundle"):
+    with pytest.raises(FileNotFoundError, match="someone/else' is neither 'pocket' nor 'pocket-control', nor a"):
         MotionBundle.from_pretrained("someone/else", endpoint=hub.endpoint)
 
 

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from motionrag.bundle import resolve
-from motionrag.pocket.recipe import initialise_both, pack_both
+from motionrag.pocket.initialise import initialise
+from motionrag.pocket.initialise_control import initialise_control
+from motionrag.pocket.recipe import CONTROL, pack_both
 
 WEIGHTS = resolve("pocket")
 
@@ -87,7 +89,8 @@ def test_it_loads_offline_in_a_fresh_process(tmp_path):
 def remade(tmp_path_factory):
     """What the recipe would ship if it trained nothing."""
     folder = tmp_path_factory.mktemp("pocket")
-    initialise_both(folder / "weights")
+    initialise(folder / "weights")
+    initialise_control(folder / "weights" / CONTROL)
     pack_both(folder / "weights", folder / "packed")
     return folder / "packed"
 

@@ -149,7 +149,7 @@ def evaluate_pocket_control(
             sizes=sizes,
             settings=settings,
             prepare=lambda scenes: _index_references(pipe, Path(out) / "material", sizes, scenes),
-            cost=make.cost,
+            cost=None if num_inference_steps == 1 else make.cost,  # a first step tells nothing of the others
         )
     finally:
         pipe.database = database
@@ -370,7 +370,8 @@ def _weights(pipe: MotionRAGPipeline) -> str:
     parts = {name: pipe.bundle.part_fingerprint(name) for name in names}
     for kind in ("motion_tokens", "context_tokens", "text", "image"):
         parts[kind] = pipe.encoder.fingerprint(kind)
-    parts["vae"] = fingerprint("vae", {}, pipe.pipeline.vae)
+    for name in ("vae", "image_encoder"):
+        parts[name] = fingerprint(name, {}, getattr(pipe.pipeline, name))
     [denoiser] = pipe.denoisers
     return fingerprint("denoiser", parts, denoiser)
 

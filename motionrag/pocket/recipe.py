@@ -68,8 +68,10 @@ def train_pocket(
     def training(name: str) -> Callable[[], object]:
         return lambda: train(Path(configs) / f"{name}.yaml", resume=True)
 
+    second = WEIGHTS / CONTROL
     steps: dict[str, Callable[[], object]] = {
-        "initialise": partial(pack_both, PACKAGE, WEIGHTS, dtype=torch.float32) if from_shipped else initialise_both,
+        "initialise": partial(unpack, ".") if from_shipped else partial(initialise, WEIGHTS),
+        "initialise_control": partial(unpack, CONTROL) if from_shipped else partial(initialise_control, second),
         **{name: training(name) for name in TRAININGS},
         "pack": pack_both,
     }
@@ -77,9 +79,11 @@ def train_pocket(
     if unknown:
         raise ValueError(f"There is no step {', '.join(sorted(unknown))}; the steps are {', '.join(steps)}.")
     record = _Record(WORK / "done.json")
+    has_run = False  # then what is packed is not what was trained
     for name in only or steps:
-        if name in record.seconds and name not in only:
+        if name in record.seconds and name not in only and not (name == "pack" and has_run):
             continue
+        has_run = True
         logger.warning("%s begins", name)
         since = time.monotonic()
         steps[name]()
@@ -87,31 +91,28 @@ def train_pocket(
     return record.seconds
 
 
-def initialise_both(folder: Path = WEIGHTS) -> None:
-    """Write both pockets as training finds them.
+def unpack(bundle: str) -> None:
+    """Write one of the pockets that ship to where it is trained further, in float32.
 
     Args:
-        folder: Of the first; the second lies in it.
+        bundle: Its folder, seen from the first's.
     """
-    initialise(folder)
-    initialise_control(folder / CONTROL)
+    pack(PACKAGE / bundle, WEIGHTS / bundle, dtype=torch.float32)
 
 
-def pack_both(source: Path = WEIGHTS, target: Path = PACKAGE, *, dtype: torch.dtype = torch.float16) -> None:
-    """Write both pockets in another precision, see `pack`.
+def pack_both(source: Path = WEIGHTS, target: Path = PACKAGE) -> None:
+    """Write both pockets as they ship, see `pack`.
 
     Args:
         source: Folder of the first; the second lies in it.
         target: Likewise.
-        dtype: float16 to ship them, float32 to train them further.
 
     Raises:
         ValueError: If they are larger than what a package may carry.
     """
     for bundle in (".", CONTROL):
-        pack(source / bundle, target / bundle, dtype=dtype)
-    if dtype == torch.float16:
-        check_size(target)
+        pack(source / bundle, target / bundle)
+    check_size(target)
 
 
 class _Record:

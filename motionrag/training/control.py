@@ -5,7 +5,7 @@ a model that is small enough to learn to move and to be steered at once.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from motionrag.adapters import AttentionInjection
+from motionrag.adapters.modulation import published_group_norm
 from motionrag.backbones.svd import CONTROL_FPS, TOLD
 from motionrag.bundle import MotionBundle
 from motionrag.training.diffusion import DiffusionTraining, replace_clips, save_parts
@@ -35,8 +36,9 @@ class ControlTraining(DiffusionTraining):
     Args:
         bundle: Folder of the bundle to start from; the trained parts are written back when training ends.
         pipeline: Diffusers pipeline; None: the bundle's base model.
-        denoiser: What of the denoiser is trained. "frozen": nothing. "lora": low-rank matrices on every linear layer,
-            merged when training ends. "whole": everything.
+        denoiser: What of the denoiser is trained. "frozen": nothing, and it is the bundle's own if it has one. "lora":
+            low-rank matrices on every linear layer, merged when training ends. "whole": everything. Both start from the
+            pipeline's, and what they write replaces a denoiser that the bundle has.
         output: Folder that gets a denoiser that was trained; None: `denoiser` in the bundle, which then names it.
         lora_rank: Of the low-rank matrices (published: 32); their scale is 1.
         token_dropout: Share of clips without motion tokens, while motion injection learns beside the modulation from
@@ -93,6 +95,15 @@ class ControlTraining(DiffusionTraining):
         dtype = torch.float32 if denoiser == "whole" else getattr(torch, precision)
         self.backbone, self.pipeline = load_pipeline(self.source, frozen=False, dtype=dtype)
         self.denoiser: Any = getattr(self.pipeline, self.backbone.denoiser)
+        own = self.bundle.config.denoiser if denoiser == "frozen" and pipeline is None else None
+        if own is not None:
+            folder = self.bundle.path_or_id(own)
+            self.denoiser = type(self.denoiser).from_pretrained(folder, torch_dtype=dtype)
+            self.pipeline.register_modules(**{self.backbone.denoiser: self.denoiser})
+        self.writes_own = denoiser != "frozen" and output is None
+        self.norms = ExitStack()
+        if self.writes_own or own is not None:  # bundles with a denoiser of their own run with these norms
+            self.norms.enter_context(published_group_norm(self.denoiser))
         self.denoiser.requires_grad_(denoiser == "whole").train(denoiser == "whole")
         if denoiser == "lora":
             _add_lora(self.denoiser, lora_rank)
@@ -144,7 +155,7 @@ class ControlTraining(DiffusionTraining):
             draw = self.generator(self.batches, stream=_TOKENS)
             moved = torch.rand(number, generator=draw) >= self.hparams["token_dropout"]
             self.injection.set_condition(self.resampler(batch["motion_features"]), moved.to(batch["latents"]))
-        with _attention(self.device):
+        with self._attention():
             loss = self.diffusion_loss({**batch, "told": self._told(batch, controlled)}, step=self.batches)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -206,7 +217,7 @@ class ControlTraining(DiffusionTraining):
                 part.detach()
             if self.hparams["denoiser"] == "lora":
                 _merge_lora(self.denoiser)
-            own = None if self.hparams["output"] else _OWN_DENOISER
+            own = _OWN_DENOISER if self.writes_own else None
             self.denoiser.save_pretrained(Path(self.hparams["output"] or folder / _OWN_DENOISER))
         save_parts(self.bundle, folder, denoiser=own, **parts)
 
@@ -217,6 +228,14 @@ class ControlTraining(DiffusionTraining):
         ours = torch.tensor([(CONTROL_FPS - 1, each) for each in buckets]).to(batch["latents"])
         return replace_clips(controlled, ours, ours.new_tensor(TOLD).expand_as(ours))
 
+    def _attention(self) -> AbstractContextManager[None]:
+        """On a CPU plain products: on a small UNet's short sequences training is a third faster than with fused ones.
+
+        Not with gradient checkpointing, which runs the forward pass again later.
+        """
+        is_plain = self.device.type == "cpu" and not self.hparams["gradient_checkpointing"]
+        return sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
+
     def _clear(self) -> None:
         self.modulation.clear_condition()
         if self.injection is not None:
@@ -226,11 +245,6 @@ class ControlTraining(DiffusionTraining):
         if not key.startswith("denoiser."):
             return key.startswith("resampler.")
         return {"frozen": True, "lora": _LORA not in key, "whole": False}[self.hparams["denoiser"]]
-
-
-def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU plain products: on a small UNet's short sequences training is a third faster than with fused ones."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def _add_lora(denoiser: nn.Module, rank: int) -> None:

@@ -393,8 +393,9 @@ def save_parts(
         denoiser: Folder in the bundle with a denoiser of its own; None keeps what the bundle says.
         **parts: Trained modules by name.
     """
-    # The last stage that a bundle needs is the one that trains CAMA, or else its control.
-    trained = bundle.config.trained or not parts.keys().isdisjoint({"cama", "feature_modulation"})
+    # The last stage that a bundle needs is the one that trains CAMA; one without CAMA is there for its control.
+    last = "cama" if "cama" in bundle.config.parts else "feature_modulation"
+    trained = bundle.config.trained or last in parts
     config = replace(bundle.own_config, trained=trained, denoiser=denoiser or bundle.own_config.denoiser)
     others = {name: getattr(bundle, name) for name in config.parts if name not in parts}
     written = MotionBundle(

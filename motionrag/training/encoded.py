@@ -200,6 +200,7 @@ class _ContextFeatures:
 class _Flow:
     def __init__(self, kind: str, weights: str | None, device: str) -> None:
         self.track = None if kind == _TRUE else dense_tracker(kind, weights=weights, device=device)
+        self.device_type = torch.device(device).type
         if self.track is None and weights is not None:
             raise ValueError("The true flow comes with the clips and has no weights; leave flow_weights out.")
         self.fingerprint = f"flow {_TRUE if self.track is None else self.track.name}"
@@ -213,7 +214,7 @@ class _Flow:
 
     def _tracked(self, track: DenseTracker, videos: Tensor) -> tuple[Tensor, Tensor]:
         # Half a grey level decides between visible and not, so trackers never run in half precision.
-        with torch.autocast(videos.device.type, enabled=False):
+        with torch.autocast(self.device_type, enabled=False):
             flows, seen = zip(*[track(video) for video in videos], strict=True)
         return torch.stack(flows), torch.stack(seen)
 

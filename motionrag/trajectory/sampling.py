@@ -29,7 +29,8 @@ def keep_blocks(visible: Any, ratio: float, draws: Any) -> "Tensor":
     """
     import torch
 
-    blocks, draws = torch.as_tensor(visible)[::BLOCK, ::BLOCK] != 0, torch.as_tensor(draws)
+    blocks = torch.as_tensor(visible)[::BLOCK, ::BLOCK] != 0
+    draws = torch.as_tensor(draws, device=blocks.device)  # drawn on the CPU, for a flow that may lie elsewhere
     if blocks.shape != draws.shape:
         raise ValueError(f"{tuple(blocks.shape)} blocks need as many draws; these have {tuple(draws.shape)}.")
     return blocks & (draws > ratio)

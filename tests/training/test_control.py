@@ -1,6 +1,7 @@
 """Training of feature modulation: what is told of a clip, what learns, and that it continues exactly."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_an_interrupted_training_continues_as_if_it_had_not_been(learns, made_bu
     own = set() if learns == "frozen" else {"denoiser/diffusion_pytorch_model.safetensors"}
     assert changed == PARTS | own
     assert MotionBundle.from_pretrained(whole).config.denoiser == (None if learns == "frozen" else "denoiser")
-    assert MotionBundle.from_pretrained(whole).config.trained
+    assert not MotionBundle.from_pretrained(whole).config.trained  # CAMA is not
     kept = {key for key in checkpoint(tmp_path / "run_whole")["state_dict"] if key.startswith("denoiser.")}
     assert bool(kept) == (learns != "frozen")
     assert learns != "lora" or all("lora_" in key for key in kept)
@@ -159,3 +160,18 @@ def test_a_new_bundle_has_control_if_wanted(made_bundle, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not CogVideoXTransformer3DModel"):
         start.new_bundle(str(tmp_path / "cogvideox"), tmp_path / "other", encoders=encoders, control=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_frozen_denoiser_is_the_one_that_the_bundle_is_used_with(made_bundle, tmp_path):
+    folder = shutil.copytree(made_bundle, tmp_path / "bundle")
+    bundle = MotionBundle.from_pretrained(folder)
+    unet = svd_pipeline().unet
+    torch.nn.init.ones_(unet.conv_in.bias)
+    unet.save_pretrained(folder / "denoiser")
+    replace(bundle.config, denoiser="denoiser").write(folder / "config.json")
+    own = ControlTraining(str(folder))
+    assert own.denoiser.conv_in.bias.eq(1).all()
+    assert own.pipeline.unet is own.denoiser
+    assert own.denoiser.conv_norm_out.eps == 1e-5  # as the pipeline runs it
+    base = ControlTraining(str(folder), pipeline=str(folder / "backbone"))
+    assert not base.denoiser.conv_in.bias.eq(1).any()

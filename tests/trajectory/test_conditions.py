@@ -12,6 +12,7 @@ from motionrag.trajectory import (
     draw_on_video,
     draw_trajectories,
     flow_from_tracks,
+    keep_blocks,
     merge_flows,
     polygon_mask,
     read_mask,
@@ -311,3 +312,8 @@ def test_drawing_on_a_video_follows_the_way():
     assert (frames == 40).all()
     with pytest.raises(ValueError, match="uint8"):
         draw_on_video(frames / 255, [])
+
+
+def test_blocks_lie_where_the_flow_does():
+    kept = keep_blocks(torch.ones(16, 16, device="meta"), 0.5, torch.rand(2, 2))
+    assert kept.device.type == "meta"
