@@ -15,6 +15,8 @@ import typer
 
 if TYPE_CHECKING:
     from motionrag.database import Reference
+    from motionrag.pocket.demo import DemoResult
+    from motionrag.pocket.demo_control import ControlDemoResult
 
 app = typer.Typer(
     name="motionrag",
@@ -347,11 +349,7 @@ def demo(
         if result.output.abstained:
             print("No clip was similar enough: this is the video without retrieval.")
         print(f"Injected effect: {result.output.injected_effect.mean:.3f} of the attention's output.")
-    laps = ", ".join(f"{name} {seconds:g} s" for name, seconds in done.seconds.items())
-    print(f"Time: {laps}.")
-    print(f"Videos: {' '.join(map(str, done.videos))}\nSheet:  {done.sheet}\nReport: {done.report}")
-    if done.note:
-        print(f"Note: {done.note}")
+    _print_outcome(done)
 
 
 @app.command(
@@ -659,8 +657,14 @@ def _demo_control(
     if as_json:
         print(done.report.read_text(encoding="utf-8"), end="")
         return
+    print(done.table)
+    _print_outcome(done)
+
+
+def _print_outcome(done: "DemoResult | ControlDemoResult") -> None:
+    """What took how long, and where everything is."""
     laps = ", ".join(f"{name} {seconds:g} s" for name, seconds in done.seconds.items())
-    print(f"{done.table}\nTime: {laps}.")
+    print(f"Time: {laps}.")
     print(f"Videos: {' '.join(map(str, done.videos))}\nSheet:  {done.sheet}\nReport: {done.report}")
     if done.note:
         print(f"Note: {done.note}")

@@ -13,7 +13,6 @@ import numpy as np
 
 from motionrag.evaluation.material import SEED
 from motionrag.pocket.world import (
-    FAMILIES,
     HELD_OUT_FAMILIES,
     NUM_FRAMES,
     SIZE,
@@ -25,6 +24,8 @@ from motionrag.pocket.world import (
     render,
     sample_clip,
 )
+from motionrag.pocket.world.domains import draw_scene
+from motionrag.pocket.world.drags import bent_way
 from motionrag.pocket.world.dynamics import Motion
 from motionrag.trajectory import interpolate
 
@@ -181,7 +182,7 @@ def _covered(clip: WorldClip, things: Sequence[int]) -> np.ndarray:
 
 def _drag_scene(drawn: Domain, seed: tuple[int, ...]) -> DragScene | None:
     """A scene whose ways cross no other thing, or None."""
-    scene, motion = _sample(drawn, seed)
+    scene, motion = draw_scene(drawn, seed)
     rng = np.random.default_rng((*seed, 1))
     first = int(rng.integers(len(scene.things)))
     positions, ways = np.repeat(motion.positions[:, :1], NUM_FRAMES, axis=1), {}
@@ -203,7 +204,7 @@ def _drag_scene(drawn: Domain, seed: tuple[int, ...]) -> DragScene | None:
 
 
 def _together_scene(drawn: Domain, seed: tuple[int, ...]) -> DragScene | None:
-    scene, motion = _sample(drawn, seed)
+    scene, motion = draw_scene(drawn, seed)
     rng = np.random.default_rng((*seed, 1))
     thing = int(rng.integers(len(scene.things)))
     way = _clear_way(rng, scene, motion.positions, thing)
@@ -225,13 +226,6 @@ def _drag(clip: WorldClip, ways: Mapping[int, np.ndarray], asked: WorldClip) -> 
     return Drag(things, begun, _covered(clip, things)[0], asked)
 
 
-def _sample(drawn: Domain, seed: tuple[int, ...]) -> tuple[Scene, Motion]:
-    """The scene and motion that `sample_clip` draws, without rendering them."""
-    rng = np.random.default_rng(seed)
-    scene = Scene.sample(rng, drawn.style, FAMILIES[drawn.dynamics.family].num_things)
-    return scene, drawn.dynamics.move(rng, np.array([each.radius for each in scene.things]))
-
-
 def _moved(clip: WorldClip, scene: Scene, motion: Motion, positions: np.ndarray) -> WorldClip:
     """The scene of a clip with its things elsewhere, `(n t 2)`."""
     return replace(clip, **render(scene, replace(motion, positions=positions.copy()), truth=False))
@@ -245,18 +239,12 @@ def _clear_way(rng: np.random.Generator, scene: Scene, positions: np.ndarray, th
     # A thing that begins at the edge may go along it.
     low, high = np.minimum(start, radius), np.maximum(start, SIZE - radius)
     for _ in range(_TRIES):
-        number = int(rng.integers(3, 5))
-        distance, angle = rng.uniform(NEAREST, FARTHEST), rng.uniform(-np.pi, np.pi)
-        aside = np.zeros(number)
-        aside[1:-1] = rng.uniform(-_BEND, _BEND, number - 2) * distance
-        ahead = np.linspace(0, distance, number)
-        forward = np.array([np.cos(angle), np.sin(angle)])
-        points = start + ahead[:, None] * forward + aside[:, None] * np.array([-forward[1], forward[0]])
+        points = bent_way(rng, start, number=int(rng.integers(3, 5)), distance=(NEAREST, FARTHEST), bend=_BEND)
         path = interpolate(points, NUM_FRAMES).numpy()
         apart = np.linalg.norm(path - positions[others], axis=-1) - (radius + radii[others])[:, None]
         is_inside = (path >= low - 1e-4).all() and (path <= high + 1e-4).all()  # the path is in float32
         if is_inside and apart.min() >= _GAP:
-            return np.asarray(points)
+            return points
     return None
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from motionrag.evaluation.control_material import Drag, DragScene
+from motionrag.evaluation.files import write_text
 from motionrag.evaluation.intervals import interval
 from motionrag.pocket.world import SIZE
 from motionrag.sheet import SheetRow, contact_sheet
@@ -138,18 +139,6 @@ def write_control_report(
     write_text(out / "report.json", json.dumps(summary, indent=2) + "\n")
     write_text(out / "table.md", table)
     return ControlReport(out, summary, table)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write aside and rename: a file that is there is whole.
-
-    Args:
-        file: Where.
-        text: What.
-    """
-    aside = file.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 def _read(folder: Path) -> tuple[dict[str, dict[str, Values]], dict[str, dict[str, int]]]:

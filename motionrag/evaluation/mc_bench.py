@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from motionrag.encoders.preprocessing import frames_to_tensor, normalise
+from motionrag.evaluation.files import write_text
 from motionrag.evaluation.frame_consistency import frame_consistency
 from motionrag.evaluation.intervals import interval
 from motionrag.evaluation.mc_bench_items import Drags, MCBenchItem, find_video, read_mc_bench
@@ -198,7 +199,7 @@ class _Run:
     def _claim_folder(self) -> None:
         file = self.out / "settings.json"
         if not file.exists():
-            _write(file, json.dumps(self.settings, indent=2) + "\n")
+            write_text(file, json.dumps(self.settings, indent=2) + "\n")
             return
         stored = json.loads(file.read_text(encoding="utf-8"))
         other = [f"{name} {stored.get(name)!r}" for name in self.settings if stored.get(name) != self.settings[name]]
@@ -343,8 +344,8 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _write_report(out: Path, summary: dict[str, Any]) -> MCBenchReport:
     table = _markdown(summary)
-    _write(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    _write(out / "report.md", table)
+    write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / "report.md", table)
     return MCBenchReport(out, summary, table)
 
 
@@ -380,10 +381,3 @@ def _markdown(summary: Mapping[str, Any]) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _write(file: Path, content: str) -> None:
-    """Under a temporary name first: a reader never meets half a file."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, file)

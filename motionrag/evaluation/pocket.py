@@ -12,8 +12,6 @@ and the tracked result is compared with the truth. Every row, condition and seed
 run continues with the same call.
 """
 
-import csv
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +36,7 @@ from motionrag.evaluation.family_accuracy import (
     track_features,
     train_classifier,
 )
+from motionrag.evaluation.files import claim_folder, write_rows
 from motionrag.evaluation.material import COLUMNS, REFERENCES, SEED, Column, TrueClips, column, indexed
 from motionrag.evaluation.reconstruction import reconstruct
 from motionrag.evaluation.report import PocketReport, write_report
@@ -164,7 +163,7 @@ class _Run:
             "trained": pipe.bundle.config.trained,
             "min_similarity": pipe.bundle.config.min_similarity,
         }
-        self._claim_folder()
+        claim_folder(self.out, self.settings)
         self.judge, self.judge_accuracy = self._train_judge()
 
     def evaluate(self, columns: Sequence[str]) -> PocketReport:
@@ -202,20 +201,6 @@ class _Run:
             checks=checks,
             seconds=round(time.monotonic() - started, 1),
         )
-
-    def _claim_folder(self) -> None:
-        """Refuse to mix results of different weights or settings."""
-        file = self.out / "settings.json"
-        settings = json.loads(json.dumps(self.settings))
-        if not file.exists():
-            file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            return
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        other = sorted(name for name in settings if stored.get(name) != settings[name])
-        if other:
-            raise ValueError(
-                f"{self.out} holds an evaluation with other {', '.join(other)}; choose another folder, or delete it."
-            )
 
     def _train_judge(self) -> tuple[FamilyClassifier, float]:
         """The judge of families and its accuracy on true clips that it has not seen, 0 to 1."""
@@ -297,7 +282,7 @@ class _Run:
                 "abstained": int(without),
             }
         np.save(file.with_suffix(".npy"), positions.numpy().astype(np.float32))
-        _write_rows(file, rows)
+        write_rows(file, rows)
 
     def _batches(self, material: Column, condition: Condition, chosen: Sequence[int]) -> list[list[int]]:
         """Queries that run in one call: those of one domain where its clips are left out."""
@@ -399,7 +384,7 @@ class _Run:
                 if seed == 0:
                     shown.append(frames)
         _swap_sheet(pairs, shown).save(self.out / "swap.png")
-        _write_rows(file, rows)
+        write_rows(file, rows)
 
     def _swap_database(self, pairs: Sequence[SwapPair], side: int) -> MotionDatabase:
         clips = [
@@ -434,16 +419,6 @@ def _images(truth: TrueClips) -> list[Image.Image]:
 def _pixels(frames: np.ndarray) -> Tensor:
     """`(b t h w 3)` in [0, 1] as uint8."""
     return torch.from_numpy((frames.clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def _write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Written aside and renamed: a file that is there is whole."""
-    aside = file.with_suffix(".tmp")
-    with aside.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    aside.replace(file)
 
 
 def _weights(pipe: MotionRAGPipeline) -> str:

@@ -12,9 +12,6 @@ Things are tracked by their colours. Every row and noise is a CSV file of its ow
 same call; `control_report.py` makes figures of these files.
 """
 
-import csv
-import io
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +36,8 @@ from motionrag.evaluation.control_material import (
     together_scenes,
     true_way_scenes,
 )
-from motionrag.evaluation.control_report import ControlReport, write_control_report, write_text
+from motionrag.evaluation.control_report import ControlReport, write_control_report
+from motionrag.evaluation.files import claim_folder, write_rows
 from motionrag.evaluation.material import REFERENCES, SEED, TrueClips, indexed
 from motionrag.evaluation.mean_distance import md_vid
 from motionrag.evaluation.track_error import position_errors
@@ -184,7 +182,7 @@ def measure_control(
     settings = {**settings, "sizes": asdict(sizes)}
     clips = out / "clips"
     clips.mkdir(parents=True, exist_ok=True)
-    _claim_folder(out, settings)
+    claim_folder(out, settings)
     scenes = {part: _scenes(part, sizes) for part in PARTS}
     checks = prepare(scenes["together"]) if prepare else {}
     _measure_asked(clips, scenes["drag"])
@@ -245,8 +243,8 @@ def _run_row(
     if (part, name) == ("drag", "u"):
         # The same videos, held against three ways: what row c3 is compared with.
         against_three = figures(frames[three], scenes, three, at_once=True, noise=noise)
-        _write_rows(folder / f"drag_u3_noise{noise}.csv", against_three)
-    _write_rows(file, figures(frames, scenes, chosen, at_once=row.at_once, noise=noise))
+        write_rows(folder / f"drag_u3_noise{noise}.csv", against_three)
+    write_rows(file, figures(frames, scenes, chosen, at_once=row.at_once, noise=noise))
 
 
 def figures(
@@ -321,7 +319,7 @@ def _asked(scene: DragScene, at_once: bool) -> Drag:
 def _measure_asked(clips: Path, scenes: Sequence[DragScene]) -> None:
     """Row t: what the instruments show of videos that do what is asked."""
     frames = torch.from_numpy(np.stack([scene.drag.asked.frames for scene in scenes]))
-    _write_rows(clips / "drag_t_noise0.csv", figures(frames, scenes, range(len(scenes)), at_once=False, noise=0))
+    write_rows(clips / "drag_t_noise0.csv", figures(frames, scenes, range(len(scenes)), at_once=False, noise=0))
 
 
 def _scenes(part: str, sizes: ControlSizes) -> list[DragScene]:
@@ -374,27 +372,3 @@ def _weights(pipe: MotionRAGPipeline) -> str:
         parts[name] = fingerprint(name, {}, getattr(pipe.pipeline, name))
     [denoiser] = pipe.denoisers
     return fingerprint("denoiser", parts, denoiser)
-
-
-def _claim_folder(out: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to mix results of different weights or settings."""
-    file = out / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if not file.exists():
-        write_text(file, json.dumps(settings, indent=2) + "\n")
-        return
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    other = sorted(name for name in settings if stored.get(name) != settings[name])
-    if other:
-        raise ValueError(
-            f"{out} holds an evaluation with other {', '.join(other)}; choose another folder, or delete it."
-        )
-
-
-def _write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    write_text(file, text.getvalue())

@@ -187,10 +187,7 @@ def scene_task() -> Task:
     """
     scene = Scene.sample(np.random.default_rng(UNSEEN), Style(), len(WAYS))
     tracks = Tracks(WAYS, height=SIZE, width=SIZE, fps=FPS)
-    still = np.zeros((len(WAYS), NUM_FRAMES))
-    camera = np.tile([0.0, 0.0, 1.0], (NUM_FRAMES, 1))
-    motion = Motion(tracks.sampled(NUM_FRAMES).double().numpy(), angles=still, scales=still + 1, camera=camera)
-    drawn = render(scene, motion, truth=False)
+    drawn = render(scene, Motion.along(tracks.sampled(NUM_FRAMES).double().numpy()), truth=False)
     # What shall stay is left out of the brush, as in training the mask is where the video moves.
     moving = [index + 1 for index, way in enumerate(WAYS) if not way.stationary]
 

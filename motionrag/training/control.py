@@ -93,13 +93,10 @@ class ControlTraining(DiffusionTraining):
         self.bundle = MotionBundle.from_pretrained(bundle)
         self.source = pipeline or self.bundle.path_or_id(self.bundle.config.base_model)
         dtype = torch.float32 if denoiser == "whole" else getattr(torch, precision)
-        self.backbone, self.pipeline = load_pipeline(self.source, frozen=False, dtype=dtype)
-        self.denoiser: Any = getattr(self.pipeline, self.backbone.denoiser)
         own = self.bundle.config.denoiser if denoiser == "frozen" and pipeline is None else None
-        if own is not None:
-            folder = self.bundle.path_or_id(own)
-            self.denoiser = type(self.denoiser).from_pretrained(folder, torch_dtype=dtype)
-            self.pipeline.register_modules(**{self.backbone.denoiser: self.denoiser})
+        own_folder = None if own is None else self.bundle.path_or_id(own)
+        self.backbone, self.pipeline = load_pipeline(self.source, frozen=False, dtype=dtype, denoiser=own_folder)
+        self.denoiser: Any = getattr(self.pipeline, self.backbone.denoiser)
         self.writes_own = denoiser != "frozen" and output is None
         self.norms = ExitStack()
         if self.writes_own or own is not None:  # bundles with a denoiser of their own run with these norms
@@ -185,23 +182,18 @@ class ControlTraining(DiffusionTraining):
                 losses["share_tokens"] = self.diffusion_loss(batch, step=batch_idx) / plain
         self.log_dict({f"validation/{name}": value for name, value in losses.items()}, prog_bar=True)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave what is frozen of the denoiser out: it is where it came from.
+    def is_frozen(self, key: str) -> bool:
+        """What of the denoiser does not learn, and the resampler.
 
         Args:
-            checkpoint: Changed in place.
-        """
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: value for key, value in state.items() if not self._is_frozen(key)}
+            key: As in the base class.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put what is frozen back, so that everything else loads strictly.
-
-        Args:
-            checkpoint: Changed in place.
+        Returns:
+            As there.
         """
-        frozen = {key: value for key, value in self.state_dict().items() if self._is_frozen(key)}
-        checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+        if not key.startswith("denoiser."):
+            return key.startswith("resampler.")
+        return {"frozen": True, "lora": _LORA not in key, "whole": False}[self.hparams["denoiser"]]
 
     @torch.no_grad()
     def on_train_end(self) -> None:
@@ -240,11 +232,6 @@ class ControlTraining(DiffusionTraining):
         self.modulation.clear_condition()
         if self.injection is not None:
             self.injection.clear_condition()
-
-    def _is_frozen(self, key: str) -> bool:
-        if not key.startswith("denoiser."):
-            return key.startswith("resampler.")
-        return {"frozen": True, "lora": _LORA not in key, "whole": False}[self.hparams["denoiser"]]
 
 
 def _add_lora(denoiser: nn.Module, rank: int) -> None:

@@ -113,6 +113,35 @@ class DiffusionTraining(OptimisedModule):
         """
         self.log("validation/loss", self.diffusion_loss(batch, step=batch_idx), prog_bar=True)
 
+    def is_frozen(self, key: str) -> bool:
+        """Which tensors checkpoints leave out, since they are where they came from.
+
+        Args:
+            key: Of the state dict.
+
+        Returns:
+            Whether it is one of them; here none is.
+        """
+        return False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen.
+
+        Args:
+            checkpoint: Changed in place.
+        """
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not self.is_frozen(key)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put what is frozen back, so that everything else loads strictly.
+
+        Args:
+            checkpoint: Changed in place.
+        """
+        frozen = {key: value for key, value in self.state_dict().items() if self.is_frozen(key)}
+        checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+
     @property
     def batches(self) -> int:
         """Batches that were used so far."""
@@ -340,23 +369,16 @@ class InjectionTraining(DiffusionTraining):
             {"validation/plain": plain, "validation/loss": guided, "validation/share": guided / plain}, prog_bar=True
         )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen backbone out: it is where it came from.
+    def is_frozen(self, key: str) -> bool:
+        """The whole backbone.
 
         Args:
-            checkpoint: Changed in place.
-        """
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("denoiser.")}
+            key: As in the base class.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen backbone back, so that everything else loads strictly.
-
-        Args:
-            checkpoint: Changed in place.
+        Returns:
+            As there.
         """
-        frozen = {f"denoiser.{key}": value for key, value in self.denoiser.state_dict().items()}
-        checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+        return key.startswith("denoiser.")
 
     @torch.no_grad()
     def on_train_end(self) -> None:

@@ -259,13 +259,16 @@ def sample_frames(video: Tensor, count: int) -> Tensor:
     return video[:, sample_indices(video.shape[1], count)]
 
 
-def load_pipeline(source: str, *, frozen: bool, dtype: torch.dtype = torch.float32) -> tuple[Backbone, Any]:
+def load_pipeline(
+    source: str, *, frozen: bool, dtype: torch.dtype = torch.float32, denoiser: str | None = None
+) -> tuple[Backbone, Any]:
     """Load the part of a diffusers pipeline that is needed.
 
     Args:
         source: Hub id or folder.
         frozen: True for the parts that encode clips, False for the denoiser (the first of two) and what belongs to it.
         dtype: Of the weights.
+        denoiser: Folder of a denoiser to take in place of the source's.
 
     Returns:
         The family and the pipeline, with None for the parts that are left out.
@@ -279,7 +282,9 @@ def load_pipeline(source: str, *, frozen: bool, dtype: torch.dtype = torch.float
     left_out = (backbone.denoiser,) if frozen else backbone.frozen_parts
     if backbone.second_denoiser is not None:
         left_out = (*left_out, backbone.second_denoiser)
-    options = dict.fromkeys(left_out)
+    options: dict[str, Any] = dict.fromkeys(left_out)
+    if denoiser is not None:
+        options[backbone.denoiser] = getattr(diffusers, backbone.denoiser_class).from_pretrained(denoiser, dtype=dtype)
     return backbone, getattr(diffusers, backbone.pipeline_class).from_pretrained(source, dtype=dtype, **options)
 
 

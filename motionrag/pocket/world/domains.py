@@ -97,10 +97,22 @@ def sample_clip(domain: Domain, seed: int | tuple[int, ...], *, truth: bool = Tr
     Returns:
         The clip.
     """
+    return _clip(domain, *draw_scene(domain, seed), truth=truth)
+
+
+def draw_scene(domain: Domain, seed: int | tuple[int, ...]) -> tuple[Scene, Motion]:
+    """What `sample_clip` shows, without rendering it.
+
+    Args:
+        domain: Looks and dynamics.
+        seed: As in `sample_clip`.
+
+    Returns:
+        What is there, and where it is.
+    """
     rng = np.random.default_rng(seed)
     scene = Scene.sample(rng, domain.style, FAMILIES[domain.dynamics.family].num_things)
-    motion = domain.dynamics.move(rng, np.array([each.radius for each in scene.things]))
-    return _clip(domain, scene, motion, truth=truth)
+    return scene, domain.dynamics.move(rng, np.array([each.radius for each in scene.things]))
 
 
 def same_start(domains: Sequence[Domain], seed: int | tuple[int, ...], *, truth: bool = True) -> list[WorldClip]:

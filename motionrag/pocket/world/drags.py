@@ -39,12 +39,34 @@ def drag_clip(seed: int, index: int) -> WorldClip:
     turns = rng.uniform(-np.pi, np.pi, count) * (rng.uniform(size=count) < _TURN)
     moves = np.linalg.norm(positions - positions[:, :1], axis=-1)
     shares = moves / np.maximum(moves.max(axis=1, keepdims=True), 1)
-    camera = np.tile([0.0, 0.0, 1.0], (NUM_FRAMES, 1))
-    motion = Motion(positions, angles=turns[:, None] * shares, scales=np.ones((count, NUM_FRAMES)), camera=camera)
-    fields = render(scene, motion)
+    fields = render(scene, Motion.along(positions, angles=turns[:, None] * shares))
     return WorldClip(
         **fields, family="", parameters={}, caption=scene.name, plain_caption=scene.name, things=scene.things
     )
+
+
+def bent_way(
+    rng: np.random.Generator, start: np.ndarray, *, number: int, distance: tuple[float, float], bend: float
+) -> np.ndarray:
+    """Draw key points that lead in some direction, those between somewhat aside.
+
+    Args:
+        rng: Source of chance.
+        start: The first `(2)`, pixels, x then y.
+        number: How many, at least 2.
+        distance: Least and greatest from the first to the last.
+        bend: How far those between may lie aside, as a share of that distance.
+
+    Returns:
+        `(number 2)`; they may lead out of the frame.
+    """
+    length, angle = rng.uniform(*distance), rng.uniform(-np.pi, np.pi)
+    aside = np.zeros(number)
+    aside[1:-1] = rng.uniform(-bend, bend, number - 2) * length
+    ahead = np.linspace(0, length, number)
+    forward = np.array([np.cos(angle), np.sin(angle)])
+    points: np.ndarray = start + ahead[:, None] * forward + aside[:, None] * np.array([-forward[1], forward[0]])
+    return points
 
 
 def _apart(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
@@ -67,13 +89,7 @@ def _way(rng: np.random.Generator, start: np.ndarray, radius: float) -> np.ndarr
     if rng.uniform() < STILL:
         return still
     for _ in range(_TRIES):
-        number = int(rng.integers(2, 5))
-        distance, angle = rng.uniform(*_DISTANCE), rng.uniform(-np.pi, np.pi)
-        forward = np.array([np.cos(angle), np.sin(angle)])
-        aside = np.zeros(number)
-        aside[1:-1] = rng.uniform(-_BEND, _BEND, number - 2) * distance
-        ahead = np.linspace(0, distance, number)
-        points = start + ahead[:, None] * forward + aside[:, None] * np.array([-forward[1], forward[0]])
+        points = bent_way(rng, start, number=int(rng.integers(2, 5)), distance=_DISTANCE, bend=_BEND)
         if (points >= radius).all() and (points <= SIZE - radius).all():  # and so all between: PCHIP never overshoots
             return interpolate(points, NUM_FRAMES).double().numpy()
     return still

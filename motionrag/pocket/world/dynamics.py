@@ -37,6 +37,40 @@ class Motion:
     pivot: tuple[float, float] | None = None
     has_floor: bool = False
 
+    @classmethod
+    def along(
+        cls,
+        positions: np.ndarray,
+        *,
+        angles: np.ndarray | None = None,
+        scales: np.ndarray | None = None,
+        camera: np.ndarray | None = None,
+        pivot: tuple[float, float] | None = None,
+        has_floor: bool = False,
+    ) -> "Motion":
+        """Things that move; what is not given does not change.
+
+        Args:
+            positions: As the attribute, and likewise the others.
+            angles: None: upright.
+            scales: None: as large as the radius.
+            camera: None: still.
+            pivot: None: no rope.
+            has_floor: Whether a floor is drawn.
+
+        Returns:
+            The motion.
+        """
+        count = len(positions)
+        return cls(
+            positions=positions,
+            angles=np.zeros((count, NUM_FRAMES)) if angles is None else angles,
+            scales=np.ones((count, NUM_FRAMES)) if scales is None else scales,
+            camera=np.tile([0.0, 0.0, 1.0], (NUM_FRAMES, 1)) if camera is None else camera,
+            pivot=pivot,
+            has_floor=has_floor,
+        )
+
 
 @dataclass(frozen=True)
 class Dynamics:
@@ -126,26 +160,6 @@ class Family:
     bound_to_place: bool = False
 
 
-def _motion(
-    positions: np.ndarray,
-    *,
-    angles: np.ndarray | None = None,
-    scales: np.ndarray | None = None,
-    camera: np.ndarray | None = None,
-    pivot: tuple[float, float] | None = None,
-    has_floor: bool = False,
-) -> Motion:
-    count = len(positions)
-    return Motion(
-        positions=positions,
-        angles=np.zeros((count, NUM_FRAMES)) if angles is None else angles,
-        scales=np.ones((count, NUM_FRAMES)) if scales is None else scales,
-        camera=np.tile([0.0, 0.0, 1.0], (NUM_FRAMES, 1)) if camera is None else camera,
-        pivot=pivot,
-        has_floor=has_floor,
-    )
-
-
 def _start(rng: np.random.Generator, radius: float, displacement: np.ndarray) -> np.ndarray:
     """A start from which the displacement `(t 2)` stays inside the frame, where there is one; else centred."""
     low = radius - displacement.min(axis=0)
@@ -161,7 +175,7 @@ def _curve(path: Callable[[Mapping[str, float], np.ndarray], np.ndarray]) -> Mov
     def move(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
         displacement = path(parameters, _TIMES)
         displacement = displacement - displacement[0]
-        return _motion((_start(rng, float(radii[0]), displacement) + displacement)[None])
+        return Motion.along((_start(rng, float(radii[0]), displacement) + displacement)[None])
 
     return move
 
@@ -237,7 +251,7 @@ def _fall(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.n
         elasticity=parameters["elasticity"],
         has_floor=True,
     )
-    return _motion(tracks, has_floor=True)
+    return Motion.along(tracks, has_floor=True)
 
 
 def _throw(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -246,19 +260,19 @@ def _throw(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.
     tracks = _simulate(
         start[None], velocity[None], radii, gravity=parameters["gravity"], elasticity=0.6, has_floor=True
     )
-    return _motion(tracks, has_floor=True)
+    return Motion.along(tracks, has_floor=True)
 
 
 def _slide(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
     velocity = parameters["speed"] * _direction(parameters["angle"])
     tracks = _simulate(np.zeros((1, 2)), velocity[None], radii, deceleration=parameters["friction"])
-    return _motion(tracks + _start(rng, float(radii[0]), tracks[0]))
+    return Motion.along(tracks + _start(rng, float(radii[0]), tracks[0]))
 
 
 def _ricochet(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
     velocity = parameters["speed"] * _direction(parameters["angle"])
     start = _anywhere(rng, float(radii[0]))
-    return _motion(_simulate(start[None], velocity[None], radii, has_walls=True))
+    return Motion.along(_simulate(start[None], velocity[None], radii, has_walls=True))
 
 
 def _collide(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -268,7 +282,7 @@ def _collide(parameters: Mapping[str, float], rng: np.random.Generator, radii: n
     velocities = np.stack([parameters["speed"] * direction, np.zeros(2)])
     tracks = _simulate(starts, velocities, radii, elasticity=parameters["elasticity"])
     everything = tracks.reshape(-1, 2)
-    return _motion(tracks + _start(rng, float(radii.max()), everything))
+    return Motion.along(tracks + _start(rng, float(radii.max()), everything))
 
 
 def _pendulum(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -276,7 +290,7 @@ def _pendulum(parameters: Mapping[str, float], rng: np.random.Generator, radii: 
     bob = length * np.array([math.sin(amplitude), math.cos(amplitude)])
     tracks = _simulate(bob[None], np.zeros((1, 2)), radii, gravity=parameters["gravity"], pin=np.zeros(2))
     pivot = _start(rng, 2.0, np.concatenate([np.zeros((1, 2)), tracks[0] + [0, radii[0]], tracks[0] - [radii[0], 0]]))
-    return _motion(tracks + pivot, pivot=(float(pivot[0]), float(pivot[1])))
+    return Motion.along(tracks + pivot, pivot=(float(pivot[0]), float(pivot[1])))
 
 
 def _spring(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -287,19 +301,19 @@ def _spring(parameters: Mapping[str, float], rng: np.random.Generator, radii: np
         radii,
         spring=(anchor, parameters["stiffness"], parameters["damping"]),
     )
-    return _motion(tracks + _start(rng, float(radii[0]), tracks[0]))
+    return Motion.along(tracks + _start(rng, float(radii[0]), tracks[0]))
 
 
 def _spin(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
     place = _anywhere(rng, float(radii[0]))
     angles = parameters["turns"] * math.tau * _TIMES[None] / _TIMES[-1]
-    return _motion(np.tile(place, (1, NUM_FRAMES, 1)), angles=angles)
+    return Motion.along(np.tile(place, (1, NUM_FRAMES, 1)), angles=angles)
 
 
 def _grow(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
     scales = np.exp(parameters["rate"] * _TIMES)[None]
     place = _anywhere(rng, float(radii[0] * scales.max()))
-    return _motion(np.tile(place, (1, NUM_FRAMES, 1)), scales=scales)
+    return Motion.along(np.tile(place, (1, NUM_FRAMES, 1)), scales=scales)
 
 
 def _swarm(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -309,14 +323,14 @@ def _swarm(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.
     centre = parameters["speed"] * _TIMES[:, None] * _direction(parameters["angle"])
     tracks = 12.5 * np.stack([np.cos(turning), np.sin(turning)], axis=-1) + centre
     everything = tracks.reshape(-1, 2)
-    return _motion(tracks + _start(rng, float(radii.max()), everything))
+    return Motion.along(tracks + _start(rng, float(radii.max()), everything))
 
 
 def _pan(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
     shift = parameters["speed"] * _TIMES[:, None] * _direction(parameters["angle"])
     place = _start(rng, float(radii[0]), shift)
     camera = np.concatenate([shift, np.ones((NUM_FRAMES, 1))], axis=1)
-    return _motion(np.tile(place, (1, NUM_FRAMES, 1)), camera=camera)
+    return Motion.along(np.tile(place, (1, NUM_FRAMES, 1)), camera=camera)
 
 
 def _zoom(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -324,7 +338,7 @@ def _zoom(parameters: Mapping[str, float], rng: np.random.Generator, radii: np.n
     reach = (SIZE / 2 - radii[0] * zoom.max()) / zoom.max()
     place = SIZE / 2 + rng.uniform(-reach, reach, 2)
     camera = np.stack([np.zeros(NUM_FRAMES), np.zeros(NUM_FRAMES), zoom], axis=1)
-    return _motion(np.tile(place, (1, NUM_FRAMES, 1)), camera=camera)
+    return Motion.along(np.tile(place, (1, NUM_FRAMES, 1)), camera=camera)
 
 
 def _orbit_path(parameters: Mapping[str, float], times: np.ndarray) -> np.ndarray:
