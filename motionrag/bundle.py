@@ -98,6 +98,8 @@ class BundleConfig:
         base_model_licence: Licence of the base model's weights.
         min_similarity: Below this score nothing is injected (abstention), unless a call says otherwise.
         guidance_scale: Classifier-free guidance of a call that names none; None takes the backbone's.
+        motion_guidance_scale: Guidance of injected motion in a call that names none; None takes 1, which is off.
+        control_guidance_scale: Likewise of drawn control.
         num_inference_steps: Denoising steps of a call that names none; None takes 50.
         height: Pixels of a call that names none; None takes the backbone's own. Likewise width and num_frames.
         width: Pixels.
@@ -118,6 +120,8 @@ class BundleConfig:
     base_model_licence: str = ""
     min_similarity: float | None = None
     guidance_scale: float | None = None
+    motion_guidance_scale: float | None = None
+    control_guidance_scale: float | None = None
     num_inference_steps: int | None = None
     height: int | None = None
     width: int | None = None

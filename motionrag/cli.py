@@ -171,6 +171,9 @@ def generate(
     bundle: Annotated[str | None, typer.Option(help="Trained parts for the backbone: folder or hub id.")] = None,
     references: Annotated[int, typer.Option(min=0, help="Most references; 0 for the plain backbone.")] = 9,
     scale: Annotated[float, typer.Option(help="Strength of the injected motion.")] = 1.0,
+    motion_guidance: Annotated[
+        float | None, typer.Option(help="Guidance of the injected motion; 1 is off. Default: the bundle's, or 1.")
+    ] = None,
     min_similarity: Annotated[float | None, typer.Option(help="Inject nothing below this similarity.")] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition on the database's columns.")] = None,
     trajectories: Annotated[Path | None, typer.Option(help="Ways that things take: a track file.")] = None,
@@ -180,6 +183,9 @@ def generate(
     motion_mask: Annotated[Path | None, typer.Option(help="Picture of the image's size: what may move.")] = None,
     camera: Annotated[str | None, typer.Option(help="Camera move, such as 'pan left'.")] = None,
     control_scale: Annotated[float, typer.Option(help="Strength of trajectories, mask and camera.")] = 1.0,
+    control_guidance: Annotated[
+        float | None, typer.Option(help="Guidance of the control; 1 is off. Default: the bundle's, or 1.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the bundle's, or 50.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
@@ -221,12 +227,14 @@ def generate(
         negative_prompt=negative_prompt,
         num_references=references,
         motion_scale=scale,
+        motion_guidance_scale=motion_guidance,
         min_similarity=min_similarity,
         where=where,
         trajectories=() if trajectories is None else read_tracks(trajectories, height=rows, width=columns),
         motion_mask=motion_mask,
         camera=camera,
         control_scale=control_scale,
+        control_guidance_scale=control_guidance,
         num_inference_steps=steps,
         guidance_scale=guidance,
         num_frames=frames,
@@ -244,7 +252,8 @@ def generate(
     if output.motion_tokens is not None:
         print(f"Injected effect: {output.injected_effect.mean:.3f} of the attention's output.")
     if output.settings["control_scale"] is not None:
-        print(f"Control: {', '.join(output.settings['control'])}, strength {control_scale:g}.")
+        guided = f", guidance {output.settings['control_guidance_scale']:g}"
+        print(f"Control: {', '.join(output.settings['control'])}, strength {control_scale:g}{guided}.")
     print(f"Written: {video}")
     if not pipe.bundle.config.trained:
         print("These weights are untrained: the video shows that everything runs, no more.", file=sys.stderr)
@@ -486,6 +495,9 @@ def evaluate_pocket(
     quick: Annotated[bool, typer.Option("--quick", help="A few clips of everything, in a minute or two.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    motion_guidance: Annotated[
+        float | None, typer.Option(help="Guidance of the injected motion; 1 is off. Default: the bundle's, or 1.")
+    ] = None,
     domains: Annotated[int | None, typer.Option(min=1, help="Domains in each column.")] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Queries for each domain.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Noises for each query.")] = None,
@@ -508,7 +520,15 @@ def evaluate_pocket(
     given = {"domains": domains, "queries": queries, "seeds": seeds}
     sizes = replace(QUICK if quick else Sizes(), **{name: value for name, value in given.items() if value is not None})
     options = {} if column is None else {"columns": column}
-    report = evaluate_pocket(pipe, out=out, sizes=sizes, num_inference_steps=steps, guidance_scale=guidance, **options)
+    report = evaluate_pocket(
+        pipe,
+        out=out,
+        sizes=sizes,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        motion_guidance_scale=motion_guidance,
+        **options,
+    )
     if as_json:
         _print_json(report.summary)
         return

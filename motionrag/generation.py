@@ -15,7 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from motionrag.adapters import AttentionInjection, FeatureModulation, InjectedEffect, published_group_norm
+from motionrag.adapters import (
+    AdapterGuidance,
+    AttentionInjection,
+    FeatureModulation,
+    InjectedEffect,
+    published_group_norm,
+)
 from motionrag.adapters.injection import diffusers_hooks
 from motionrag.backbones import Backbone
 
@@ -27,14 +33,18 @@ class Steering:
     Attributes:
         motion_tokens: `(b l d)`, or None for no injection at all.
         motion_scales: Strength of the injection, one for each video.
+        motion_guidance_scale: Guidance of the injection, off at 1.
         flow: `(b f 3 h w)`, displacement from frame 0 and motion mask, or None for no modulation.
         control_scale: Strength of the modulation.
+        control_guidance_scale: Guidance of the modulation, off at 1.
     """
 
     motion_tokens: Tensor | None
     motion_scales: Sequence[float]
+    motion_guidance_scale: float = 1.0
     flow: Tensor | None = None
     control_scale: float = 1.0
+    control_guidance_scale: float = 1.0
 
     def of(self, index: int) -> "Steering":
         """The part of one video."""
@@ -74,6 +84,7 @@ class SteeredPipeline:
         self.injection, self.modulation = injection, modulation
         self.unconditional_tokens = unconditional_tokens
         self.has_published_norm = has_published_norm
+        self._guidance = AdapterGuidance()
         self._lock = Lock()
         if injection is not None:
             injection.attach(*self.denoisers)
@@ -140,6 +151,7 @@ class SteeredPipeline:
                 conditions.enter_context(published_group_norm(self.denoisers[0]))
             if steering.flow is not None:
                 self._modulate(conditions, steering.flow, steering.control_scale)
+            self._guide(conditions, steering)
             if steering.motion_tokens is None:
                 return self.pipeline(**call).frames, effect
             is_guided = options[self.backbone.guidance_option] > 1
@@ -167,6 +179,18 @@ class SteeredPipeline:
         # Half precision would round displacements to whole pixels and more; the networks run once a generation.
         device = self._prepare(self.modulation, torch.float32)
         conditions.enter_context(self.modulation.condition(flow.to(device), scale))
+
+    def _guide(self, conditions: ExitStack, steering: Steering) -> None:
+        scales: dict[Any, float] = {}
+        if steering.motion_tokens is not None:
+            scales[self.injection] = steering.motion_guidance_scale
+        if steering.flow is not None:
+            scales[self.modulation] = steering.control_guidance_scale
+        if all(scale == 1 for scale in scales.values()):
+            return
+        for denoiser in self.denoisers:
+            _refuse_caches(denoiser)
+        conditions.enter_context(self._guidance.guide(self.denoisers, scales))
 
     def _prepare(self, adapter: AttentionInjection | FeatureModulation, dtype: torch.dtype) -> torch.device:
         """Bring an adapter to where its denoisers run."""
@@ -200,6 +224,16 @@ def _refuse_what_cannot_be_right(denoiser: Any) -> None:
         raise ValueError(
             f"{name} is split over devices by enable_parallelism, with which motion injection has not been tested; "
             "load the pipeline again without it."
+        )
+
+
+def _refuse_caches(denoiser: Any) -> None:
+    """A cache takes the run without an adapter, which guidance of it makes in every step, for the next step."""
+    if getattr(denoiser, "is_cache_enabled", False) or "pyramid_attention_broadcast" in diffusers_hooks(denoiser):
+        raise ValueError(
+            f"A cache of diffusers is enabled on {type(denoiser).__name__}, which would mix up the runs that guidance "
+            "of motion or control makes in each step; disable it, or pass motion_guidance_scale=1 and "
+            "control_guidance_scale=1."
         )
 
 

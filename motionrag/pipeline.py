@@ -142,6 +142,7 @@ class MotionRAGPipeline:
         negative_prompt: str | list[str] | None = None,
         num_references: int = 9,
         motion_scale: float = 1.0,
+        motion_guidance_scale: float | None = None,
         references: Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
         motion_tokens: Tensor | None = None,
         retrieval_weights: Mapping[str, float] | None = None,
@@ -154,6 +155,7 @@ class MotionRAGPipeline:
         camera: str | CameraPath | None = None,
         flow: Tensor | None = None,
         control_scale: float = 1.0,
+        control_guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -173,6 +175,9 @@ class MotionRAGPipeline:
             negative_prompt: As in diffusers.
             num_references: Most references for each image; 0 gives the plain backbone's video.
             motion_scale: Strength of the injection; 0 gives the plain backbone's video.
+            motion_guidance_scale: Above 1 every denoising step also runs without the injected motion and goes on in
+                the direction in which the two differ: motion is followed more closely, at twice the time. None for the
+                bundle's default, or 1, which is off, as in the published system.
             references: Use all of these and search nothing: one list, or one for each image; best first.
             motion_tokens: Inject these `(b l d)` as they are: nothing is retrieved and nothing adapted.
             retrieval_weights: How to search: "text" (prompt against captions) and "image" (image against first frames)
@@ -190,6 +195,7 @@ class MotionRAGPipeline:
             flow: In place of these three, the condition itself: `(b f 3 h w)` or `(f 3 h w)` at the video's size,
                 displacement from frame 0 in pixels and motion mask.
             control_scale: Strength of the control; 0 leaves it out.
+            control_guidance_scale: Likewise of the control.
             height: Pixels; None for the backbone's own.
             width: Pixels; None for the backbone's own.
             num_frames: Frames; None for the backbone's own.
@@ -219,6 +225,8 @@ class MotionRAGPipeline:
             _first_given(num_frames, defaults.num_frames),
         )
         guidance_scale = _first_given(guidance_scale, defaults.guidance_scale, self.backbone.guidance_scale)
+        motion_guidance_scale = _first_given(motion_guidance_scale, defaults.motion_guidance_scale, 1.0)
+        control_guidance_scale = _first_given(control_guidance_scale, defaults.control_guidance_scale, 1.0)
         num_inference_steps = _first_given(num_inference_steps, defaults.num_inference_steps, 50)
         pixels = [image_to_tensor(each) for each in images]
         pictures = [_to_pil(each) for each in pixels]
@@ -264,7 +272,14 @@ class MotionRAGPipeline:
             **pipeline_options,
         }
         scales = [motion_scale if injected else 0.0 for injected in is_injected]
-        steering = Steering(motion_tokens if any(scales) else None, scales, flow=control, control_scale=control_scale)
+        steering = Steering(
+            motion_tokens if any(scales) else None,
+            scales,
+            motion_guidance_scale=motion_guidance_scale,
+            flow=control,
+            control_scale=control_scale,
+            control_guidance_scale=control_guidance_scale,
+        )
         frames, effect = self._steered(pictures, prompts, steering, options)
         return MotionRAGOutput(
             frames=frames,
@@ -278,9 +293,11 @@ class MotionRAGPipeline:
                 "negative_prompt": negative_prompt,
                 "num_references": num_references,
                 "motion_scale": motion_scale,
+                "motion_guidance_scale": motion_guidance_scale,
                 "min_similarity": threshold,
                 "control": {name: _in_words(value) for name, value in drawn.items()},
                 "control_scale": None if control is None else control_scale,
+                "control_guidance_scale": None if control is None else control_guidance_scale,
                 "height": height,
                 "width": width,
                 "num_frames": num_frames,

@@ -1,11 +1,14 @@
 """Control on the pipeline: trajectories, mask and camera on a tiny SVD, alone and together with motion tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import PyramidAttentionBroadcastConfig
+from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast
 from PIL import Image
 
 from motionrag import Clip, MotionRAGPipeline, Reference, RegionTrajectory
@@ -187,6 +190,50 @@ def test_control_changes_the_video_and_scale_zero_does_not(pipe):
     assert torch.equal(plain(pipe, trajectories=[WAY], control_scale=0), without)
     stronger = plain(pipe, trajectories=[WAY], control_scale=2.0)
     assert not torch.equal(stronger, controlled)
+
+
+def test_guidance_of_the_control(pipe):
+    way = {"trajectories": [WAY]}
+    controlled = plain(pipe, **way)
+    assert torch.equal(plain(pipe, **way, control_guidance_scale=1), controlled)
+    assert torch.equal(plain(pipe, control_guidance_scale=3.0), plain(pipe))
+    outputs = []
+    spy = pipe.pipeline.unet.register_forward_hook(lambda _unet, _inputs, output: outputs.append(output[0]))
+    for options in ({}, way, {**way, "control_guidance_scale": 3.0}):
+        plain(pipe, num_inference_steps=1, **options)
+    spy.remove()
+    without, with_it, guided = outputs
+    torch.testing.assert_close(guided, without + 3 * (with_it - without), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(guided, with_it)
+
+
+def test_a_bundle_may_name_its_own_guidance_of_the_control(diffusers_pipe, pipe):
+    expected = plain(pipe, trajectories=[WAY], control_guidance_scale=3.0)
+    pipe.injection.detach()
+    pipe.modulation.detach()
+    own = bundle(diffusers_pipe)
+    own.config = replace(own.config, control_guidance_scale=3.0)
+    named = MotionRAGPipeline(diffusers_pipe, own)
+    assert torch.equal(plain(named, trajectories=[WAY]), expected)
+    output = named(picture(), trajectories=[WAY], height=64, width=64, num_frames=FRAMES, num_inference_steps=1)
+    assert output.settings["control_guidance_scale"] == 3.0
+    named.injection.detach()
+    named.modulation.detach()
+    pipe.injection.attach(diffusers_pipe.unet)
+    pipe.modulation.attach(diffusers_pipe.unet)
+
+
+def test_guidance_of_the_control_and_pyramid_attention_broadcast_are_refused_together(pipe):
+    unet = pipe.pipeline.unet
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    apply_pyramid_attention_broadcast(unet, config)
+    try:
+        with pytest.raises(ValueError, match=r"UNetSpatioTemporal.*mix up the runs.*control_guidance_scale=1"):
+            plain(pipe, trajectories=[WAY], control_guidance_scale=2.0)
+    finally:
+        HookRegistry.check_if_exists_or_initialize(unet).remove_hook("pyramid_attention_broadcast", recurse=True)
 
 
 def test_control_stands_alone_without_a_database(pipe):
@@ -406,7 +453,7 @@ def test_generate_names_what_is_wrong_with_the_control(saved, options, message):
 
 def test_generate_says_what_the_control_was_and_records_it(saved):
     done, video = generate(saved, "said", "--trajectories", saved / "ways.json", "--motion-mask", saved / "image.png")
-    assert "Control: trajectories, motion_mask, strength 1." in done.stdout
+    assert "Control: trajectories, motion_mask, strength 1, guidance 1." in done.stdout
     assert "Injected effect" not in done.stdout
     report = json.loads(video.with_suffix(".json").read_text())
     assert report["control"] == {

@@ -60,7 +60,8 @@ def other_database(folder, encoder):
 @pytest.fixture(scope="module")
 def loaded(database):
     pipe = MotionRAGPipeline.from_pretrained("pocket", database=database.path)
-    pipe.bundle.config = replace(pipe.bundle.config, min_similarity=None)  # abstention has tests of its own
+    # Abstention and guidance of motion have tests of their own.
+    pipe.bundle.config = replace(pipe.bundle.config, min_similarity=None, motion_guidance_scale=None)
     pipe.pipeline.set_progress_bar_config(disable=True)
     return pipe
 
@@ -106,6 +107,21 @@ def plain_video(pipe, image=None, prompt="a red ball falls", seed=0, **options):
         ).frames
     finally:
         pipe.injection.attach(pipe.pipeline.transformer)
+
+
+def test_a_bundle_may_name_the_guidance_of_motion(pipe):
+    unguided, guided = run(pipe), run(pipe, motion_guidance_scale=4.0)
+    assert unguided.settings["motion_guidance_scale"] == 1
+    assert not torch.equal(unguided.frames, guided.frames)
+    config = pipe.bundle.config
+    pipe.bundle.config = replace(config, motion_guidance_scale=4.0)
+    try:
+        named = run(pipe)
+        assert torch.equal(run(pipe, num_references=0).frames, run(pipe, motion_scale=0).frames)
+    finally:
+        pipe.bundle.config = config
+    assert named.settings["motion_guidance_scale"] == 4.0
+    assert torch.equal(named.frames, guided.frames)
 
 
 def captions(references):

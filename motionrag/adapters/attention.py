@@ -426,6 +426,15 @@ class AttentionInjection(nn.Module):
         """Stop injecting. Does nothing when no condition is set."""
         self._condition = None
 
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Leave the model as it is inside the block; the condition, if there is one, holds again afterwards."""
+        condition, self._condition = self._condition, None
+        try:
+            yield
+        finally:
+            self._condition = condition
+
     def _adapter(self, site: str) -> MotionAttention:
         return self.sites[site.replace(".", "/")]  # type: ignore[return-value]
 

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+WHOLE_MODEL = ""
+"""The site of the denoiser itself, whose hooks see a call begin and end."""
+
 PlaceHooks = Callable[[nn.Module, str], list[RemovableHandle]]
 
 ORDER = "load → LoRA → attach → offload, cast or cache → compile"
@@ -48,12 +51,13 @@ class Attachment:
 
     Args:
         on_pass: Called with the name of a pass when a pipeline begins it; an error it raises ends the pipeline's call.
+            None for an adapter that need not know.
 
     Attributes:
         guidance_pass: While a pipeline runs the two passes of guidance as two calls (Wan), "uncond" or "cond".
     """
 
-    def __init__(self, on_pass: Callable[[str], None]) -> None:
+    def __init__(self, on_pass: Callable[[str], None] | None = None) -> None:
         self.on_pass = on_pass
         self._models: tuple[nn.Module, ...] = ()
         self._leaves: dict[tuple[int, str], nn.Module] = {}
@@ -123,7 +127,7 @@ class Attachment:
         Set on the instance, beside diffusers' own: a hook would have to be there before the first run. All adapters of
         a model follow by the same one, so that they can come and go in any order.
         """
-        model = _uncompiled(model)
+        model = uncompiled(model)
         if not hasattr(model, "cache_context"):  # a UNet; it runs both passes as one batch
             return
         if "cache_context" not in model.__dict__:
@@ -131,7 +135,7 @@ class Attachment:
         model.__dict__["cache_context"].followers.append(self)
 
     def _follow_passes_no_more(self, model: nn.Module) -> None:
-        model = _uncompiled(model)
+        model = uncompiled(model)
         announcer = model.__dict__.get("cache_context")
         if announcer is not None:
             announcer.followers.remove(self)
@@ -151,7 +155,8 @@ class _PassAnnouncer:
         followers = list(self.followers)
         before = [follower.guidance_pass for follower in followers]
         for follower in followers:
-            follower.on_pass(name)
+            if follower.on_pass is not None:
+                follower.on_pass(name)
         for follower in followers:
             follower.guidance_pass = name
         try:
@@ -175,7 +180,15 @@ def diffusers_hooks(model: nn.Module) -> set[str]:
     return {name for registry in registries if registry is not None for name in registry.hooks}
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile has wrapped it: hooks of the whole model must be there.
+
+    Args:
+        model: Either.
+
+    Returns:
+        The model.
+    """
     return cast(nn.Module, getattr(model, "_orig_mod", model))
 
 

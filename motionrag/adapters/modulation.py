@@ -23,12 +23,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from motionrag.adapters.injection import Attachment, leaf
+from motionrag.adapters.injection import WHOLE_MODEL, Attachment, leaf, uncompiled
 from motionrag.models.trajectory_encoder import STEM_FACTOR, SpatioTemporalConvolution, TrajectoryEncoder
 
 NORM_GROUPS = 32
 PUBLISHED_EPS = 1e-5
-WHOLE_MODEL = ""  # the site whose hook sees a call begin
 
 
 class LayerModulation(nn.Module):
@@ -130,7 +129,7 @@ class FeatureModulation(nn.Module):
                 feature_channels=channels * level_multipliers[level], channels=width
             )
         self.sites = nn.ModuleDict(layers)
-        self._attachment = Attachment(_ignore_pass)
+        self._attachment = Attachment()
         self._condition: FlowCondition | None = None
 
     @classmethod
@@ -283,6 +282,15 @@ class FeatureModulation(nn.Module):
         """Stop modulating. Does nothing when no condition is set."""
         self._condition = None
 
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Leave the UNet as it is inside the block; the condition, if there is one, holds again afterwards."""
+        condition, self._condition = self._condition, None
+        try:
+            yield
+        finally:
+            self._condition = condition
+
     def _layer(self, site: str) -> LayerModulation:
         return cast(LayerModulation, self.sites[site.replace(".", "/")])
 
@@ -315,9 +323,7 @@ class FeatureModulation(nn.Module):
 
     def _place_hooks(self, unet: nn.Module, site: str) -> list[RemovableHandle]:
         if site == WHOLE_MODEL:
-            # Not on what torch.compile wraps around it: the UNet may also be called as it is.
-            unet = cast(nn.Module, getattr(unet, "_orig_mod", unet))
-            return [unet.register_forward_pre_hook(self._begin_call, with_kwargs=True)]
+            return [uncompiled(unet).register_forward_pre_hook(self._begin_call, with_kwargs=True)]
         return [leaf(unet, site).register_forward_hook(partial(self._modulate, site))]
 
     def _begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -398,7 +404,3 @@ def published_group_norm(unet: nn.Module) -> Iterator[None]:
 def _output_channels(layer: nn.Module) -> int:
     """Output channels of a convolution, also of one that PEFT has wrapped, which calls them features."""
     return cast(int, layer.out_channels if hasattr(layer, "out_channels") else layer.out_features)
-
-
-def _ignore_pass(name: str) -> None:
-    """A UNet runs both passes of guidance as one batch and announces none."""

@@ -28,6 +28,7 @@ class Request:
         ways: Key points of each `(p 2)`, pixels; none for a video that is not controlled.
         brush: `(h w)` bool: what may move, of a controlled video.
         caption: Searches the database; None for no retrieval.
+        control_guidance_scale: None for the bundle's own.
     """
 
     image: np.ndarray
@@ -35,6 +36,7 @@ class Request:
     ways: tuple[np.ndarray, ...] = ()
     brush: np.ndarray | None = None
     caption: str | None = None
+    control_guidance_scale: float | None = None
 
 
 Make = Callable[[Sequence[Request]], Tensor]
@@ -56,7 +58,7 @@ class PipelineMaker:
         """Make videos.
 
         Args:
-            requests: Of one row: all are controlled or none is, all retrieve or none does.
+            requests: Of one row: all are controlled alike or none is, all retrieve or none does.
 
         Returns:
             Frames `(b t h w 3)` uint8.
@@ -74,36 +76,40 @@ class PipelineMaker:
             num_frames=NUM_FRAMES,
             generator=[torch.Generator().manual_seed(request.noise) for request in requests],
             num_inference_steps=self.num_inference_steps,
+            control_guidance_scale=requests[0].control_guidance_scale,
             output_type="np",
             **retrieval,
         ).frames
         return torch.from_numpy((frames.clip(0, 1) * 255).round().astype(np.uint8))
 
     def cost(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Measure what control costs: every request with and without it in turn, so that both meet the same load.
+        """Measure what control costs: every request without it, with it and guided in turn, under the same load.
 
         Args:
             requests: Controlled ones. One more run of the first warms up.
 
         Returns:
-            Medians: `step` and `controlled_step`, seconds of one call of the denoiser; `step_ratio`, of the pairs;
+            Medians: `step` and `controlled_step`, seconds of one call of the denoiser, without and with control that
+            is not guided; `step_ratio` of these, run by run, and `guided_step_ratio`, with the bundle's guidance;
             `encoding`, seconds that the first call of a controlled video takes longer than its others, beyond what
             an uncontrolled video's first call does, and `encoding_in_steps`, that in steps; and how many `runs`.
         """
-        pairs = []
+        runs = []
         for request in [requests[0], *requests]:
-            plain = self._call_times(replace(request, ways=(), brush=None))
-            pairs.append((plain, self._call_times(request)))
-        steps = [(statistics.median(plain[1:]), statistics.median(with_it[1:])) for plain, with_it in pairs[1:]]
+            unguided = replace(request, control_guidance_scale=1.0)
+            ways = (replace(request, ways=(), brush=None), unguided, request)
+            runs.append([self._call_times(each) for each in ways])
+        steps = [[statistics.median(times[1:]) for times in run] for run in runs[1:]]
         encodings = [
             (with_it[0] - controlled) - (plain[0] - step)
-            for (plain, with_it), (step, controlled) in zip(pairs[1:], steps, strict=True)
+            for (plain, with_it, _), (step, controlled, _) in zip(runs[1:], steps, strict=True)
         ]
         step = statistics.median(each[0] for each in steps)
         return {
             "step": step,
             "controlled_step": statistics.median(each[1] for each in steps),
-            "step_ratio": statistics.median(controlled / plain for plain, controlled in steps),
+            "step_ratio": statistics.median(controlled / plain for plain, controlled, _ in steps),
+            "guided_step_ratio": statistics.median(guided / plain for plain, _, guided in steps),
             "encoding": statistics.median(encodings),
             "encoding_in_steps": statistics.median(encodings) / step,
             "runs": len(requests),

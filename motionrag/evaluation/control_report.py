@@ -31,6 +31,7 @@ WORDS = {
     "drag": {
         "u": "(u) nothing asked",
         "c": "(c) way and brush",
+        "w": "(w) as (c), without guidance of the control",
         "f": "(f) way, brush over the frame",
         "t": "(t) the video that does what is asked",
         "u3": "(u) nothing asked, held against three ways",
@@ -49,6 +50,7 @@ WORDS = {
 _SHARES = {
     "drag_end": ("drag", "c", "md_end", "u"),
     "drag_all_frames": ("drag", "c", "md", "u"),
+    "unguided_end": ("drag", "w", "md_end", "u"),
     "whole_brush_end": ("drag", "f", "md_end", "u"),
     "three_end": ("drag", "c3", "md_end", "u3"),
     "others_of_u": ("drag", "c", "others_moved", "u"),
@@ -217,7 +219,8 @@ def _markdown(summary: Mapping[str, Any]) -> str:
             "## Cost",
             "",
             f"A controlled denoising step takes {cost['step_ratio']:.2f} times as long as a plain one "
-            f"({1000 * cost['step']:.0f} ms, median of {cost['runs']} pairs); encoding the condition takes as long as "
+            f"({1000 * cost['step']:.0f} ms, median of {cost['runs']} runs), with this bundle's guidance of the "
+            f"control {cost['guided_step_ratio']:.2f} times; encoding the condition takes as long as "
             f"{cost['encoding_in_steps']:.2f} steps, once for each video.",
         ]
     lines += [

@@ -120,6 +120,7 @@ def evaluate_pocket(
     columns: Sequence[str] = COLUMNS,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    motion_guidance_scale: float | None = None,
 ) -> PocketReport:
     """Measure a pocket: track error, family accuracy, appearance and diversity of every row, and the zero-shot swap.
 
@@ -130,6 +131,7 @@ def evaluate_pocket(
         columns: Which of `COLUMNS`; the side conditions need "seen".
         num_inference_steps: Denoising steps; None for the pipeline's default.
         guidance_scale: Classifier-free guidance; None for the backbone's default.
+        motion_guidance_scale: Of all rows with motion; None for the bundle's default.
 
     Returns:
         The report; everything in it is also in `out`.
@@ -141,7 +143,13 @@ def evaluate_pocket(
         raise ValueError(f"columns are some of {list(COLUMNS)}, got {list(columns)}.")
     pipe = source if isinstance(source, MotionRAGPipeline) else MotionRAGPipeline.from_pretrained(source)
     pipe.pipeline.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    if motion_guidance_scale is None:
+        motion_guidance_scale = pipe.bundle.config.motion_guidance_scale
+    given = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "motion_guidance_scale": motion_guidance_scale,
+    }
     run = _Run(pipe, Path(out), sizes or Sizes(), {name: value for name, value in given.items() if value is not None})
     database = pipe.database
     try:

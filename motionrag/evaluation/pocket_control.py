@@ -4,7 +4,8 @@ Every part has scenes that no training has seen (`control_material.py`), and eac
 from the same noises:
 
     drag          u  nothing asked           c  way and brush          f  way, brush over the whole frame
-                  c3 three ways at once      t  the video that does what is asked: what the instruments show of it
+                  w  as c, but without guidance of the control         c3 three ways at once
+                  t  the video that does what is asked: what the instruments show of it
     together      n  neither                 c  way and brush          r  retrieval          b  both
     true-seen, true-held-out                 u  nothing asked          c  things' true ways and brush
 
@@ -81,19 +82,23 @@ class Row:
         retrieves: Motion of retrieved clips.
         is_whole: The brush covers the frame.
         at_once: All three things are dragged; scenes of two are left out.
+        control_guidance_scale: None for the bundle's own.
     """
 
     is_controlled: bool = False
     retrieves: bool = False
     is_whole: bool = False
     at_once: bool = False
+    control_guidance_scale: float | None = None
 
 
 _UNCONTROLLED, _CONTROLLED = Row(), Row(is_controlled=True)
+_UNGUIDED = Row(is_controlled=True, control_guidance_scale=1.0)
 PARTS = {
     "drag": {
         "u": _UNCONTROLLED,
         "c": _CONTROLLED,
+        "w": _UNGUIDED,
         "f": Row(is_controlled=True, is_whole=True),
         "c3": Row(is_controlled=True, at_once=True),
     },
@@ -137,6 +142,7 @@ def evaluate_pocket_control(
         "weights": _weights(pipe),
         "trained": pipe.bundle.config.trained,
         "num_inference_steps": num_inference_steps,
+        "control_guidance_scale": pipe.bundle.config.control_guidance_scale,
         "dtype": str(pipe.denoisers[0].dtype).removeprefix("torch."),
     }
     make = PipelineMaker(pipe, num_inference_steps)
@@ -219,7 +225,7 @@ def request_of(scene: DragScene, row: Row, *, noise: int) -> Request:
     if not row.is_controlled:
         return Request(scene.clip.frames[0], noise, caption=caption)
     brush = np.ones_like(drag.brush) if row.is_whole else drag.brush
-    return Request(scene.clip.frames[0], noise, drag.ways, brush, caption)
+    return Request(scene.clip.frames[0], noise, drag.ways, brush, caption, row.control_guidance_scale)
 
 
 def _run_row(

@@ -240,6 +240,7 @@ def initialise(folder: str | Path) -> None:
         trained=False,
         min_similarity=MIN_SIMILARITY,
         guidance_scale=1.0,
+        motion_guidance_scale=4.0,
         num_inference_steps=20,
         licence=LICENCE,
         base_model_licence=LICENCE,

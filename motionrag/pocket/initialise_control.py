@@ -106,6 +106,7 @@ def initialise_control(folder: str | Path, *, shared: str = "..") -> None:
         trained=False,
         min_similarity=MIN_SIMILARITY,
         guidance_scale=1.0,
+        control_guidance_scale=3.0,
         num_inference_steps=20,
         height=SIZE,
         width=SIZE,

@@ -14,6 +14,7 @@ YES = dict.fromkeys(FAMILY_NAMES, "yes")
 
 SUPPORT: dict[str, dict[str, str]] = {
     "guidance on and off": YES,
+    "`motion_guidance_scale`": YES,
     "scale 0, detaching and errors leave no trace": YES,
     "several images in a call": YES,
     "`num_videos_per_prompt`": {
@@ -47,6 +48,10 @@ SUPPORT: dict[str, dict[str, str]] = {
         "SVD": NO_CACHE,
         "LTX": "refused: FasterCache",
         **dict.fromkeys(FAMILY_NAMES[3:], "refused: FasterCache"),
+    },
+    "`motion_guidance_scale` with a cache": {
+        **dict.fromkeys(FAMILY_NAMES, "refused: mix up the runs"),
+        "SVD": NO_CACHE,
     },
     "SeaCache (never skips in these pipelines)": {**YES, "SVD": NO_CACHE},
     "TextKVCache (made for another model, does nothing here)": {**YES, "SVD": NO_CACHE},
