@@ -197,9 +197,11 @@ def test_guidance_of_the_control(pipe):
     controlled = plain(pipe, **way)
     assert torch.equal(plain(pipe, **way, control_guidance_scale=1), controlled)
     assert torch.equal(plain(pipe, control_guidance_scale=3.0), plain(pipe))
+    plain(pipe, num_inference_steps=1, control_guidance_scale=3.0, **way)  # places its hook before the one below
     outputs = []
     spy = pipe.pipeline.unet.register_forward_hook(lambda _unet, _inputs, output: outputs.append(output[0]))
-    for options in ({}, way, {**way, "control_guidance_scale": 3.0}):
+    told = {"fps": 9, "motion_bucket_id": 17}  # what a controlled call tells the UNet
+    for options in (told, way, {**way, "control_guidance_scale": 3.0}):
         plain(pipe, num_inference_steps=1, **options)
     spy.remove()
     without, with_it, guided = outputs

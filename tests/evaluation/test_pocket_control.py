@@ -172,14 +172,22 @@ def test_rows_share_noise_and_differ_in_what_is_asked(drags, together, tmp_path)
     assert report.table.startswith("# Evaluation of trajectory control\n\n| target")
     by_row = [calls for calls in make.calls if len(calls) == 2]  # the drags and the scenes of `together`
     for noise in range(2):
-        plain, controlled, whole = by_row[3 * noise : 3 * noise + 3]
-        assert [each.noise for each in plain] == [each.noise for each in controlled] == [each.noise for each in whole]
+        rows = by_row[4 * noise : 4 * noise + 4]
+        plain, controlled, unguided, whole = rows
+        assert len({tuple(each.noise for each in row) for row in rows}) == 1
+        assert [[each.control_guidance_scale for each in row] for row in rows] == [
+            [None] * 2,
+            [None] * 2,
+            [1] * 2,
+            [None] * 2,
+        ]
+        assert all(np.array_equal(a.brush, b.brush) for a, b in zip(controlled, unguided, strict=True))
         assert all(each.ways == () and each.brush is None and each.caption is None for each in plain)
         for scene, asked, wide in zip(drags, controlled, whole, strict=True):
             assert np.array_equal(asked.ways[0], wide.ways[0])
             assert wide.brush.all()
             assert np.array_equal(asked.brush, scene.drag.brush)
-        neither, alone, retrieval, both = by_row[6 + 4 * noise : 10 + 4 * noise]
+        neither, alone, retrieval, both = by_row[8 + 4 * noise : 12 + 4 * noise]
         assert [[bool(each[0].ways), each[0].caption is not None] for each in (neither, alone, retrieval, both)] == [
             [False, False],
             [True, False],
@@ -188,7 +196,7 @@ def test_rows_share_noise_and_differ_in_what_is_asked(drags, together, tmp_path)
         ]
         assert [each.caption for each in both] == [scene.clip.caption for scene in together]
         assert len({tuple(each.noise for each in row) for row in (neither, alone, retrieval, both)}) == 1
-    noises = [each.noise for each in by_row[0] + by_row[3] + by_row[6] + by_row[10]]
+    noises = [each.noise for each in by_row[0] + by_row[4] + by_row[8] + by_row[12]]
     assert len(set(noises)) == 8
     [three] = [calls[0] for calls in make.calls if len(calls[0].ways) == 3][:1]
     assert three.noise == by_row[0][1].noise
@@ -226,7 +234,7 @@ def test_rows_share_noise_and_differ_in_what_is_asked(drags, together, tmp_path)
     (tmp_path / "clips" / "drag_c_noise1.csv").unlink()
     measure_control(make, out=tmp_path, sizes=SMALL, settings={"trained": True})
     [lost] = make.calls[done:]
-    assert [each.noise for each in lost] == [each.noise for each in by_row[4]]
+    assert [each.noise for each in lost] == [each.noise for each in by_row[5]]
     with pytest.raises(ValueError, match="other trained; choose another folder"):
         measure_control(make, out=tmp_path, sizes=SMALL, settings={"trained": False})
 

@@ -119,6 +119,7 @@ def test_only_control_and_retrieval_differ(report):
     changed = {
         "control",
         "control_scale",
+        "control_guidance_scale",
         "references",
         "num_references",
         "min_similarity",
