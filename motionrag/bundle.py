@@ -99,7 +99,7 @@ class BundleConfig:
         min_similarity: Below this score nothing is injected (abstention), unless a call says otherwise.
         guidance_scale: Classifier-free guidance of a call that names none; None takes the backbone's.
         motion_guidance_scale: Guidance of injected motion in a call that names none; None takes 1, which is off.
-        control_guidance_scale: Likewise of drawn control.
+        control_guidance_scale: Guidance of drawn control in a call that names none; None takes 1, which is off.
         num_inference_steps: Denoising steps of a call that names none; None takes 50.
         height: Pixels of a call that names none; None takes the backbone's own. Likewise width and num_frames.
         width: Pixels.

@@ -250,10 +250,11 @@ def generate(
     if output.abstained:
         print("No clip was similar enough: this is the plain backbone's video.")
     if output.motion_tokens is not None:
-        print(f"Injected effect: {output.injected_effect.mean:.3f} of the attention's output.")
+        guided = f"guidance {output.settings['motion_guidance_scale']:g}"
+        print(f"Injected effect: {output.injected_effect.mean:.3f} of the attention's output, {guided}.")
     if output.settings["control_scale"] is not None:
-        guided = f", guidance {output.settings['control_guidance_scale']:g}"
-        print(f"Control: {', '.join(output.settings['control'])}, strength {control_scale:g}{guided}.")
+        guided = f"guidance {output.settings['control_guidance_scale']:g}"
+        print(f"Control: {', '.join(output.settings['control'])}, strength {control_scale:g}, {guided}.")
     print(f"Written: {video}")
     if not pipe.bundle.config.trained:
         print("These weights are untrained: the video shows that everything runs, no more.", file=sys.stderr)

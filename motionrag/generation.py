@@ -227,9 +227,13 @@ def _refuse_what_cannot_be_right(denoiser: Any) -> None:
         )
 
 
+_CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
+"""In the names of the hooks that diffusers' caches place, by `enable_cache` or by functions of their own."""
+
+
 def _refuse_caches(denoiser: Any) -> None:
     """A cache takes the run without an adapter, which guidance of it makes in every step, for the next step."""
-    if getattr(denoiser, "is_cache_enabled", False) or "pyramid_attention_broadcast" in diffusers_hooks(denoiser):
+    if any(mark in hook for hook in diffusers_hooks(denoiser) for mark in _CACHES):
         raise ValueError(
             f"A cache of diffusers is enabled on {type(denoiser).__name__}, which would mix up the runs that guidance "
             "of motion or control makes in each step; disable it, or pass motion_guidance_scale=1 and "

@@ -4,7 +4,9 @@
 k references, l tokens of a clip, d width.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +177,9 @@ class MotionRAGPipeline:
             negative_prompt: As in diffusers.
             num_references: Most references for each image; 0 gives the plain backbone's video.
             motion_scale: Strength of the injection; 0 gives the plain backbone's video.
-            motion_guidance_scale: Above 1 every denoising step also runs without the injected motion and goes on in
-                the direction in which the two differ: motion is followed more closely, at twice the time. None for the
-                bundle's default, or 1, which is off, as in the published system.
+            motion_guidance_scale: Above 1 every denoising step runs once more, without the injected motion, and goes on
+                in the direction in which the two differ: motion is followed more closely. Below 1 it is weakened, 0 is
+                the plain backbone. None for the bundle's default, or 1, which is off, as in the published system.
             references: Use all of these and search nothing: one list, or one for each image; best first.
             motion_tokens: Inject these `(b l d)` as they are: nothing is retrieved and nothing adapted.
             retrieval_weights: How to search: "text" (prompt against captions) and "image" (image against first frames)
@@ -195,7 +197,9 @@ class MotionRAGPipeline:
             flow: In place of these three, the condition itself: `(b f 3 h w)` or `(f 3 h w)` at the video's size,
                 displacement from frame 0 in pixels and motion mask.
             control_scale: Strength of the control; 0 leaves it out.
-            control_guidance_scale: Likewise of the control.
+            control_guidance_scale: Above 1 every denoising step runs once more, without control, and goes on in the
+                direction in which the two differ: ways are followed more closely. None for the bundle's default, or 1,
+                which is off, as in MotionPro.
             height: Pixels; None for the backbone's own.
             width: Pixels; None for the backbone's own.
             num_frames: Frames; None for the backbone's own.
@@ -227,6 +231,8 @@ class MotionRAGPipeline:
         guidance_scale = _first_given(guidance_scale, defaults.guidance_scale, self.backbone.guidance_scale)
         motion_guidance_scale = _first_given(motion_guidance_scale, defaults.motion_guidance_scale, 1.0)
         control_guidance_scale = _first_given(control_guidance_scale, defaults.control_guidance_scale, 1.0)
+        _check_scale("motion_guidance_scale", motion_guidance_scale)
+        _check_scale("control_guidance_scale", control_guidance_scale)
         num_inference_steps = _first_given(num_inference_steps, defaults.num_inference_steps, 50)
         pixels = [image_to_tensor(each) for each in images]
         pictures = [_to_pil(each) for each in pixels]
@@ -539,6 +545,11 @@ def _in_words(drawn: Any) -> Any:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _check_scale(name: str, scale: Any) -> None:
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"{name} must be a finite number, got {scale!r}; 1 is off.")
 
 
 def _first_given(*values: Any) -> Any:

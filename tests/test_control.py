@@ -216,13 +216,22 @@ def test_a_bundle_may_name_its_own_guidance_of_the_control(diffusers_pipe, pipe)
     own = bundle(diffusers_pipe)
     own.config = replace(own.config, control_guidance_scale=3.0)
     named = MotionRAGPipeline(diffusers_pipe, own)
-    assert torch.equal(plain(named, trajectories=[WAY]), expected)
-    output = named(picture(), trajectories=[WAY], height=64, width=64, num_frames=FRAMES, num_inference_steps=1)
-    assert output.settings["control_guidance_scale"] == 3.0
-    named.injection.detach()
-    named.modulation.detach()
-    pipe.injection.attach(diffusers_pipe.unet)
-    pipe.modulation.attach(diffusers_pipe.unet)
+    try:
+        assert torch.equal(plain(named, trajectories=[WAY]), expected)
+        output = named(picture(), trajectories=[WAY], height=64, width=64, num_frames=FRAMES, num_inference_steps=1)
+        assert output.settings["control_guidance_scale"] == 3.0
+    finally:
+        for adapter in (named.injection, named.modulation):
+            adapter.detach()
+        for adapter in (pipe.injection, pipe.modulation):
+            adapter.attach(diffusers_pipe.unet)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2"])
+@pytest.mark.parametrize("name", ["motion_guidance_scale", "control_guidance_scale"])
+def test_a_guidance_scale_that_is_no_number_is_refused(pipe, name, scale):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, got .*; 1 is off"):
+        plain(pipe, **{name: scale})
 
 
 def test_guidance_of_the_control_and_pyramid_attention_broadcast_are_refused_together(pipe):
@@ -454,10 +463,12 @@ def test_generate_names_what_is_wrong_with_the_control(saved, options, message):
 
 
 def test_generate_says_what_the_control_was_and_records_it(saved):
-    done, video = generate(saved, "said", "--trajectories", saved / "ways.json", "--motion-mask", saved / "image.png")
-    assert "Control: trajectories, motion_mask, strength 1, guidance 1." in done.stdout
+    drawn = ("--trajectories", saved / "ways.json", "--motion-mask", saved / "image.png")
+    done, video = generate(saved, "said", *drawn, "--control-guidance", "2", "--motion-guidance", "3")
+    assert "Control: trajectories, motion_mask, strength 1, guidance 2." in done.stdout
     assert "Injected effect" not in done.stdout
     report = json.loads(video.with_suffix(".json").read_text())
+    assert (report["control_guidance_scale"], report["motion_guidance_scale"]) == (2, 3)
     assert report["control"] == {
         "trajectories": [[[20, 20], [40, 30]]],
         "motion_mask": str(saved / "image.png"),

@@ -5,7 +5,8 @@ With E the denoiser's output, E₋ₐ that without adapter a, and w its guidance
     E ← E + Σₐ (wₐ - 1) · (E - E₋ₐ)
 
 This is classifier-free guidance with an adapter in the place of the prompt. What else steers the call (prompt, other
-adapters) is in all runs, so nothing else is strengthened. Neither published system has it.
+adapters) is in all runs, so nothing else is strengthened. It may go together with classifier-free guidance, whose two
+halves are then both guided. Neither published system has it.
 """
 
 import math
@@ -27,7 +28,10 @@ class Silenceable(Protocol):
 
 
 class AdapterGuidance:
-    """A hook of whole denoisers, placed by the first call that is guided; it does nothing in others."""
+    """A hook of whole denoisers, placed by the first call that is guided.
+
+    It stays there and does nothing in other calls, since placing a hook compiles a compiled model anew.
+    """
 
     def __init__(self) -> None:
         self._attachment = Attachment()

@@ -116,7 +116,10 @@ class PipelineMaker:
         }
 
     def _call_times(self, request: Request) -> list[float]:
-        """Seconds of each call of the denoiser, with what its adapters do before and in it."""
+        """Seconds of each call of the denoiser, with what its adapters and their guidance do before, in and after it.
+
+        A first guided call places the hook of guidance behind these: `cost` warms up with one.
+        """
         begins, times = [], []
         [denoiser] = self.pipe.denoisers
         hooks = [

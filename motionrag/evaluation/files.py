@@ -1,4 +1,4 @@
-"""What every evaluation writes: files that are whole if they are there, in a folder that holds one evaluation."""
+"""What evaluations write: files that are whole if they are there, in a folder that holds one evaluation."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0]))
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     write_text(file, text.getvalue())

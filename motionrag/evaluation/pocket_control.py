@@ -142,6 +142,7 @@ def evaluate_pocket_control(
         "weights": _weights(pipe),
         "trained": pipe.bundle.config.trained,
         "num_inference_steps": num_inference_steps,
+        "motion_guidance_scale": pipe.bundle.config.motion_guidance_scale,
         "control_guidance_scale": pipe.bundle.config.control_guidance_scale,
         "dtype": str(pipe.denoisers[0].dtype).removeprefix("torch."),
     }

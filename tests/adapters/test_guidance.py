@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 
 from motionrag.adapters import AdapterGuidance, AttentionInjection, FeatureModulation
-from tests.adapters.denoisers import DENOISERS, svd, tokens, trained
+from tests.adapters.denoisers import DENOISERS, cogvideox, svd, tokens, trained
 
 FRAMES = 3
 
@@ -130,19 +130,22 @@ def test_it_moves_to_other_models_and_leaves_nothing(guidance):
 
 @torch.no_grad()
 @pytest.mark.parametrize("order", ["guide, compile", "compile, run, guide"])
-def test_a_compiled_model_is_guided_the_same(guidance, order):
+@pytest.mark.parametrize("adapter", ["injection", "modulation"])
+def test_a_compiled_model_is_guided_the_same(guidance, adapter, order):
     torch._dynamo.reset()
-    denoiser = svd()
-    unet = denoiser.model
-    adapter = modulation_of(unet)
-    adapter.attach(unet)
-    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    denoiser = cogvideox() if adapter == "injection" else svd()
+    model = denoiser.model
+    made, condition = (
+        (injection_of(denoiser), tokens()) if adapter == "injection" else (modulation_of(model), draw_flow())
+    )
+    made.attach(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     if order == "compile, run, guide":
         denoiser.run(compiled)
-    with adapter.condition(draw_flow()):
-        with guidance.guide([unet], {adapter: 2.0}):
+    with made.condition(condition):
+        with guidance.guide([model], {made: 2.0}):
             expected = denoiser.run()
-        with guidance.guide([compiled], {adapter: 2.0}):
+        with guidance.guide([compiled], {made: 2.0}):
             assert torch.equal(denoiser.run(compiled), expected)
         with_it = denoiser.run()
         assert torch.equal(denoiser.run(compiled), with_it)

@@ -1,5 +1,7 @@
 """The evaluation's course: what each row injects, that noise is shared, and that a stopped run continues."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,9 @@ def test_rows_share_images_and_noise_and_differ_in_what_is_injected(pipe, calls,
     report = evaluate_pocket(pipe, out=tmp_path, sizes=SMALL, columns=["seen"], num_inference_steps=3)
     assert all(call["num_inference_steps"] == 3 for call in calls)
     assert not any("guidance_scale" in call for call in calls)
+    # The bundle's, and recorded, so that results of another are not mixed in.
+    assert {call["motion_guidance_scale"] for call in calls} == {4.0}
+    assert json.loads((tmp_path / "settings.json").read_text())["options"]["motion_guidance_scale"] == 4.0
     main = calls[: 5 * 2 * 2]  # rows, seeds, batches of 3 and 1
     rows = [main[4 * number : 4 * number + 4] for number in range(5)]
     plain, top, mean, cama, ceiling = rows

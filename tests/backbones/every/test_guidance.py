@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import apply_first_block_cache
 
 from motionrag.backbones import backbone_of_pipeline
 from tests.backbones.every.families import (
@@ -50,16 +51,21 @@ def test_the_video_is_that_of_guidance_by_hand(family, verdict, guidance_scale):
 
 
 @cells("`motion_guidance_scale` with a cache")
-def test_caches_are_refused(family, verdict):
+@pytest.mark.parametrize("how", ["method", "function"])
+def test_caches_are_refused(family, verdict, how):
     pipe = motion_pipeline(family)
     if verdict.startswith("no"):
         assert not hasattr(pipe.denoisers[0], "enable_cache")
         return
     for denoiser in pipe.denoisers:
-        denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+        if how == "method":
+            denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+        else:
+            apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold=0.0))
     with pytest.raises(ValueError, match=words(verdict)):
         run(pipe, family, motion_guidance_scale=SCALE)
-    run(pipe, family)
-    for denoiser in pipe.denoisers:
-        denoiser.disable_cache()
-    run(pipe, family, motion_guidance_scale=SCALE)
+    if how == "method":
+        run(pipe, family)
+        for denoiser in pipe.denoisers:
+            denoiser.disable_cache()
+        run(pipe, family, motion_guidance_scale=SCALE)
