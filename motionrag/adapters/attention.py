@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from motionrag.adapters.injection import Attachment, diffusers_hooks, leaf
+from motionrag.adapters.injection import Adapter, diffusers_hooks, leaf
 from motionrag.backbones import backbone_of_denoiser
 
 NUM_MEASURED = 128  # positions, at least, from which the size of the effect is measured
@@ -199,7 +199,7 @@ class Condition:
         return InjectedEffect(mean=sum(per_site.values()) / max(1, len(per_site)), per_site=per_site)
 
 
-class AttentionInjection(nn.Module):
+class AttentionInjection(Adapter[Condition]):
     """Attention adapters for the sites of one backbone. Constructing it touches nothing.
 
     Args:
@@ -211,7 +211,7 @@ class AttentionInjection(nn.Module):
     """
 
     def __init__(self, sites: dict[str, tuple[int, int]], *, token_dim: int) -> None:
-        super().__init__()
+        super().__init__(self._check_pass)
         self.token_dim = token_dim
         # A module name may not hold dots; nor may a path hold slashes.
         self.sites = nn.ModuleDict(
@@ -221,8 +221,6 @@ class AttentionInjection(nn.Module):
             }
         )
         self.takes_shortcuts = True
-        self._attachment = Attachment(self._check_pass)
-        self._condition: Condition | None = None
 
     @classmethod
     def for_model(
@@ -292,11 +290,6 @@ class AttentionInjection(nn.Module):
                 counts["folded" if self.takes_shortcuts and self._adapter(site).folds(num_tokens) else "plain"] += 1
         return dict(counts)
 
-    @property
-    def is_attached(self) -> bool:
-        """True between `attach` and `detach`."""
-        return bool(self._attachment.models)
-
     def attach(self, *models: nn.Module) -> None:
         """Put the adapter at its sites. Until a condition is set, the model's outputs stay bit-identical.
 
@@ -333,14 +326,9 @@ class AttentionInjection(nn.Module):
             raise RuntimeError("The adapter is not attached to a model; call attach(model).")
         self._refuse_second_condition()
         models = models or current
-        if [*map(id, models)] != [*map(id, current)] or self._attachment.replaced():
+        if not self._attachment.stands_on(models):
             self.detach()
             self.attach(*models)
-
-    def detach(self) -> None:
-        """Take the adapter away; the model is as before, bit for bit."""
-        self._attachment.detach()
-        self._condition = None
 
     @contextmanager
     def condition(
@@ -422,25 +410,8 @@ class AttentionInjection(nn.Module):
         self._condition = condition
         return condition
 
-    def clear_condition(self) -> None:
-        """Stop injecting. Does nothing when no condition is set."""
-        self._condition = None
-
-    @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """Leave the model as it is inside the block; the condition, if there is one, holds again afterwards."""
-        condition, self._condition = self._condition, None
-        try:
-            yield
-        finally:
-            self._condition = condition
-
     def _adapter(self, site: str) -> MotionAttention:
         return self.sites[site.replace(".", "/")]  # type: ignore[return-value]
-
-    def _refuse_second_condition(self) -> None:
-        if self._condition is not None:
-            raise RuntimeError("The adapter already carries a condition: another call is using it. Clear it first.")
 
     def _check_pass(self, name: str) -> None:
         """Refuse a cache of diffusers that would hand what one pass of guidance computed to the other."""

@@ -11,20 +11,13 @@ halves are then both guided. Neither published system has it.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, cast
+from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from motionrag.adapters.injection import WHOLE_MODEL, Attachment, uncompiled
-
-
-class Silenceable(Protocol):
-    """An adapter that a model can run without."""
-
-    def silenced(self) -> AbstractContextManager[None]:
-        """Leave the model as it is inside the block."""
+from motionrag.adapters.injection import WHOLE_MODEL, Adapter, Attachment, uncompiled
 
 
 class AdapterGuidance:
@@ -35,10 +28,10 @@ class AdapterGuidance:
 
     def __init__(self) -> None:
         self._attachment = Attachment()
-        self._scales: Mapping[Silenceable, float] = {}
+        self._scales: Mapping[Adapter[Any], float] = {}
 
     @contextmanager
-    def guide(self, models: Sequence[nn.Module], scales: Mapping[Silenceable, float]) -> Iterator[None]:
+    def guide(self, models: Sequence[nn.Module], scales: Mapping[Adapter[Any], float]) -> Iterator[None]:
         """Guide every call of the denoisers inside the block; each then runs them once more for every adapter.
 
         Args:
@@ -54,7 +47,7 @@ class AdapterGuidance:
         for adapter, scale in scales.items():
             if not math.isfinite(scale):
                 raise ValueError(f"The guidance scale of {type(adapter).__name__} must be finite, got {scale}.")
-        if [*map(id, models)] != [*map(id, self._attachment.models)]:
+        if not self._attachment.stands_on(models):
             self._attachment.detach()
             self._attachment.attach(models, [WHOLE_MODEL], self._place_hook)
         self._scales = {adapter: scale for adapter, scale in scales.items() if scale != 1}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 WHOLE_MODEL = ""
 """The site of the denoiser itself, whose hooks see a call begin and end."""
 
+C = TypeVar("C")
 PlaceHooks = Callable[[nn.Module, str], list[RemovableHandle]]
 
 ORDER = "load → LoRA → attach → offload, cast or cache → compile"
@@ -104,6 +105,17 @@ class Attachment:
         """Sites whose layer is another one now than that which carries the hooks (LoRA loaded or removed since)."""
         return [site for (number, site), layer in self._leaves.items() if leaf(self._models[number], site) is not layer]
 
+    def stands_on(self, models: Sequence[nn.Module]) -> bool:
+        """Whether the hooks are where they would be placed now.
+
+        Args:
+            models: The denoisers that shall carry them.
+
+        Returns:
+            True if these very models carry them, and no layer was replaced since.
+        """
+        return [*map(id, models)] == [*map(id, self._models)] and not self.replaced()
+
     def check(self) -> None:
         """Make sure that every hook still sits in front of the leaf that the model calls.
 
@@ -141,6 +153,46 @@ class Attachment:
             announcer.followers.remove(self)
             if not announcer.followers:
                 del model.__dict__["cache_context"]
+
+
+class Adapter(nn.Module, Generic[C]):
+    """What adapters have in common: hooks on the denoisers of one pipeline, and one condition at a time.
+
+    Args:
+        on_pass: As of `Attachment`.
+    """
+
+    def __init__(self, on_pass: Callable[[str], None] | None = None) -> None:
+        super().__init__()
+        self._attachment = Attachment(on_pass)
+        self._condition: C | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """True between `attach` and `detach`."""
+        return bool(self._attachment.models)
+
+    def detach(self) -> None:
+        """Take the adapter away; the model is as before, bit for bit."""
+        self._attachment.detach()
+        self._condition = None
+
+    def clear_condition(self) -> None:
+        """Take the condition away. Does nothing when none is set."""
+        self._condition = None
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Leave the model as it is inside the block; the condition, if there is one, holds again afterwards."""
+        condition, self._condition = self._condition, None
+        try:
+            yield
+        finally:
+            self._condition = condition
+
+    def _refuse_second_condition(self) -> None:
+        if self._condition is not None:
+            raise RuntimeError("The adapter already carries a condition: another call is using it. Clear it first.")
 
 
 class _PassAnnouncer:

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from motionrag.adapters.injection import WHOLE_MODEL, Attachment, leaf, uncompiled
+from motionrag.adapters.injection import WHOLE_MODEL, Adapter, leaf, uncompiled
 from motionrag.models.trajectory_encoder import STEM_FACTOR, SpatioTemporalConvolution, TrajectoryEncoder
 
 NORM_GROUPS = 32
@@ -95,7 +95,7 @@ class FlowCondition:
         return not isinstance(self.scale, Tensor) and self.scale == 0
 
 
-class FeatureModulation(nn.Module):
+class FeatureModulation(Adapter[FlowCondition]):
     """The trajectory adapter for one SVD UNet. Constructing it touches nothing.
 
     Args:
@@ -129,8 +129,6 @@ class FeatureModulation(nn.Module):
                 feature_channels=channels * level_multipliers[level], channels=width
             )
         self.sites = nn.ModuleDict(layers)
-        self._attachment = Attachment()
-        self._condition: FlowCondition | None = None
 
     @classmethod
     def for_model(cls, unet: nn.Module, flow_scale: int = 1) -> "FeatureModulation":
@@ -181,11 +179,6 @@ class FeatureModulation(nn.Module):
             "level_multipliers": list(self.encoder.level_multipliers),
         }
 
-    @property
-    def is_attached(self) -> bool:
-        """True between `attach` and `detach`."""
-        return bool(self._attachment.models)
-
     def attach(self, unet: nn.Module) -> None:
         """Put the adapter at its sites. Until a condition is set, the UNet's outputs stay bit-identical.
 
@@ -220,14 +213,9 @@ class FeatureModulation(nn.Module):
         self._refuse_second_condition()
         (current,) = self._attachment.models
         unet = current if unet is None else unet
-        if unet is not current or self._attachment.replaced():
+        if not self._attachment.stands_on([unet]):
             self.detach()
             self.attach(unet)
-
-    def detach(self) -> None:
-        """Take the adapter away; the UNet is as before, bit for bit."""
-        self._attachment.detach()
-        self._condition = None
 
     @contextmanager
     def condition(self, flow: Tensor, scale: float | Tensor = 1.0) -> Iterator[FlowCondition]:
@@ -278,25 +266,8 @@ class FeatureModulation(nn.Module):
         self._condition = condition
         return condition
 
-    def clear_condition(self) -> None:
-        """Stop modulating. Does nothing when no condition is set."""
-        self._condition = None
-
-    @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """Leave the UNet as it is inside the block; the condition, if there is one, holds again afterwards."""
-        condition, self._condition = self._condition, None
-        try:
-            yield
-        finally:
-            self._condition = condition
-
     def _layer(self, site: str) -> LayerModulation:
         return cast(LayerModulation, self.sites[site.replace(".", "/")])
-
-    def _refuse_second_condition(self) -> None:
-        if self._condition is not None:
-            raise RuntimeError("The adapter already carries a condition: another call is using it. Clear it first.")
 
     def _check_flow(self, flow: Tensor) -> None:
         if flow.ndim != 5 or flow.shape[2] != 3 or flow.numel() == 0:
