@@ -81,10 +81,9 @@ def _write_mp4(path: Path, pictures: np.ndarray, fps: float, *, full_colour: boo
     height, width = pictures.shape[1:3]
     rate = "8" if full_colour else "15"
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        # One thread: with several, x264 writes other bytes for the same frames from run to run.
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": rate, "threads": "1"}
-        )
+        # With several threads, and on AVX-512 with mbtree, x264 writes other bytes for the same frames from run to run.
+        options = {"crf": rate, "threads": "1", "mbtree": "0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if full_colour or width % 2 or height % 2 else "yuv420p"
         # What swscale computes unless told otherwise; written down, so that players do not guess by size.
