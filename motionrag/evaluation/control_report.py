@@ -55,23 +55,23 @@ _SHARES = {
     "three_end": ("drag", "c3", "md_end", "u3"),
     "others_of_u": ("drag", "c", "others_moved", "u"),
     "others_of_f": ("drag", "c", "others_moved", "f"),
-    "flow_of_u": ("drag", "c", "flow_outside", "u"),
-    "flow_of_f": ("drag", "c", "flow_outside", "f"),
+    "outside_of_u": ("drag", "c", "moved_outside", "u"),
+    "outside_of_f": ("drag", "c", "moved_outside", "f"),
     "both_end_of_control": ("together", "b", "md_end", "c"),
     "both_all_frames_of_control": ("together", "b", "md", "c"),
     "both_others_error_of_control": ("together", "b", "others_error", "c"),
     "true_seen": ("true-seen", "c", "md", "u"),
     "true_held_out": ("true-held-out", "c", "md", "u"),
 }
-_FIELDS = ("drawn", "drawn_end", "md", "md_end", "others_moved", "others_error", "flow_outside")
+_FIELDS = ("drawn", "drawn_end", "md", "md_end", "others_moved", "others_error", "moved_outside", "flow_outside")
 # Figure → words and what it shall not exceed, in %.
 _TARGETS = {
     "drag_end": ("MD at the end, of the uncontrolled one", 40),
     "md_end_of_width": ("MD at the end, of the frame's width", 5),
     "others_of_u": ("motion of the other things, of the uncontrolled one", 20),
-    "flow_of_u": ("flow outside, of the uncontrolled one", 20),
+    "outside_of_u": ("motion outside, of the uncontrolled one", 20),
     "others_of_f": ("motion of the other things, of that with a brush over the frame", 20),
-    "flow_of_f": ("flow outside, of that with a brush over the frame", 20),
+    "outside_of_f": ("motion outside, of that with a brush over the frame", 20),
     "both_end_of_control": ("MD at the end with retrieval, of control alone", 110),
 }
 
@@ -234,8 +234,8 @@ def _markdown(summary: Mapping[str, Any]) -> str:
 def _rows(parts: Mapping[str, Mapping[str, Any]], part: str) -> list[str]:
     lines = [
         "| | clips | MD at the end | MD over all frames | the ways lead | others moved | others' track error, % | "
-        "flow outside | lost |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "moved outside | flow outside | lost |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, figures in parts[part].items():
         cells = [
@@ -247,6 +247,7 @@ def _rows(parts: Mapping[str, Mapping[str, Any]], part: str) -> list[str]:
             _spread(figures.get("others_moved")),
             # Against the domain's motion, which nothing asks for in the other parts.
             _spread(figures.get("others_error")) if part == "together" else "",
+            _spread(figures.get("moved_outside"), digits=2),
             _spread(figures.get("flow_outside"), digits=2),
             f"{100 * figures['lost']:.0f} %",
         ]

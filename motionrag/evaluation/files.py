@@ -24,11 +24,9 @@ def claim_folder(out: Path, settings: Mapping[str, Any]) -> None:
         write_text(file, json.dumps(settings, indent=2) + "\n")
         return
     stored = json.loads(file.read_text(encoding="utf-8"))
-    other = sorted(name for name in settings if stored.get(name) != settings[name])
+    other = [f"{name} {stored.get(name)!r}" for name in settings if stored.get(name) != settings[name]]
     if other:
-        raise ValueError(
-            f"{out} holds an evaluation with other {', '.join(other)}; choose another folder, or delete it."
-        )
+        raise ValueError(f"{out} holds figures with {', '.join(other)}; choose another folder, or delete it.")
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from motionrag.encoders.preprocessing import frames_to_tensor, normalise
-from motionrag.evaluation.files import write_text
+from motionrag.evaluation.files import claim_folder, write_text
 from motionrag.evaluation.frame_consistency import frame_consistency
 from motionrag.evaluation.intervals import interval
 from motionrag.evaluation.mc_bench_items import Drags, MCBenchItem, find_video, read_mc_bench
@@ -164,7 +164,7 @@ class _Run:
             "panels": panels,
         }
         out.mkdir(parents=True, exist_ok=True)
-        self._claim_folder()
+        claim_folder(self.out, self.settings)
 
     def evaluate(self, root: str | Path) -> MCBenchReport:
         bench = read_mc_bench(root)
@@ -195,16 +195,6 @@ class _Run:
             "notes": list(bench.notes),
         }
         return _write_report(self.out, summary)
-
-    def _claim_folder(self) -> None:
-        file = self.out / "settings.json"
-        if not file.exists():
-            write_text(file, json.dumps(self.settings, indent=2) + "\n")
-            return
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        other = [f"{name} {stored.get(name)!r}" for name in self.settings if stored.get(name) != self.settings[name]]
-        if other:
-            raise ValueError(f"{self.out} holds figures with {', '.join(other)}; choose another folder, or delete it.")
 
     def _measure(self, item: MCBenchItem, file: Path) -> Row:
         """All figures of one video, as they are written."""

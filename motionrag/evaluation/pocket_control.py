@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -41,10 +40,10 @@ from motionrag.evaluation.control_report import ControlReport, write_control_rep
 from motionrag.evaluation.files import claim_folder, write_rows
 from motionrag.evaluation.material import REFERENCES, SEED, TrueClips, indexed
 from motionrag.evaluation.mean_distance import md_vid
+from motionrag.evaluation.region_motion import region_motion
 from motionrag.evaluation.track_error import position_errors
 from motionrag.pipeline import MotionRAGPipeline
 from motionrag.pocket.world import NUM_FRAMES, SIZE, Domain
-from motionrag.tracking import dense_flow
 
 _REFERENCE_CLIPS = 15  # behind SEED: seeds of the database's clips
 _SCENES_PER_DOMAIN = 2
@@ -270,9 +269,9 @@ def figures(
         A row for each: `drawn` and `md`, pixels on the mean over frames and dragged things, how far the asked ways
         lead and how far the things are from them; `drawn_end` and `md_end` in the last frame; `lost`, the share of
         frames in which dragged things are not seen; `others_moved`, pixels that the other things are away from their
-        start, on the mean; `others_error`, their track error against their domain's motion in % of the frame; and
-        `flow_outside`, pixels that the optical flow is long outside the brush and the way and a rim of 4
-        pixels, on the mean.
+        start, on the mean; `others_error`, their track error against their domain's motion in % of the frame; and what
+        `region_motion` finds outside the brush and the way and a rim of 4 pixels: `moved_outside`, pixels that it
+        moves on the mean, and `flow_outside`, the length of all flow.
     """
     if not len(chosen):
         return []
@@ -297,8 +296,11 @@ def figures(
             "lost": 1 - tracked.found[place, things].float().mean(),
             "others_moved": "",
             "others_error": "",
-            "flow_outside": "" if at_once else _flow_outside(frames[place], drag),
+            "moved_outside": "",
+            "flow_outside": "",
         }
+        if not at_once:
+            row["moved_outside"], row["flow_outside"] = region_motion(frames[place], _outside(drag))
         if others:
             start = positions[others, :1].expand_as(positions[others])
             row["others_moved"] = md_vid(positions[others], start, later)
@@ -308,12 +310,11 @@ def figures(
     return rows
 
 
-def _flow_outside(frames: Tensor, drag: Drag) -> Tensor:
-    """Length of the flow from frame 0 on the mean over pixels and later frames, where nothing is asked to move."""
-    flow, _ = dense_flow(rearrange(frames, "t h w c -> t c h w"))
+def _outside(drag: Drag) -> Tensor:
+    """Pixels `(h w)` at which nothing is asked to move, and nothing to come."""
     inside = torch.from_numpy(drag.brush | covered(drag)).float()
-    outside = F.max_pool2d(inside[None], 2 * _RIM + 1, stride=1, padding=_RIM)[0] == 0
-    return flow[1:, outside].norm(dim=-1).mean()
+    outside: Tensor = F.max_pool2d(inside[None], 2 * _RIM + 1, stride=1, padding=_RIM)[0] == 0
+    return outside
 
 
 def _asked(scene: DragScene, at_once: bool) -> Drag:

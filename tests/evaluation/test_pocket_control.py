@@ -92,12 +92,13 @@ def test_videos_that_do_what_is_asked_have_no_distance(drags):
         assert row["md"] < 0.6
         assert row["md_end"] < 0.6
         assert row["others_moved"] < 0.3
+        assert row["moved_outside"] < 0.1
         assert row["flow_outside"] < 0.4
         assert row["lost"] == 0
     [row] = measured([drags[1].all_at_once.asked.frames], drags[1:], at_once=True)
     assert row["md"] < 0.6
     assert row["things"] == 3
-    assert (row["others_moved"], row["flow_outside"]) == ("", "")
+    assert (row["others_moved"], row["moved_outside"], row["flow_outside"]) == ("", "", "")
 
 
 def test_still_videos_have_the_asked_ways_length(drags):
@@ -108,7 +109,7 @@ def test_still_videos_have_the_asked_ways_length(drags):
         assert row["md"] == row["drawn"] == pytest.approx(lengths[1:].mean(), abs=1e-3)
         assert row["md_end"] == row["drawn_end"] == pytest.approx(np.linalg.norm(way[-1] - way[0]), abs=1e-3)
         assert row["others_moved"] == 0
-        assert row["flow_outside"] == pytest.approx(0, abs=1e-3)
+        assert row["moved_outside"] == row["flow_outside"] == pytest.approx(0, abs=1e-3)
 
 
 def test_a_picture_that_shifts_as_a_whole_moves_outside(drags):
@@ -118,6 +119,8 @@ def test_a_picture_that_shifts_as_a_whole_moves_outside(drags):
     for row in measured(videos, drags):
         assert row["others_moved"] == pytest.approx(np.mean(shifts[1:]), abs=0.2)
         assert row["flow_outside"] == pytest.approx(np.mean(shifts[1:]), rel=0.25)
+        # What is even is not seen moving.
+        assert 0.2 * row["flow_outside"] < row["moved_outside"] <= row["flow_outside"]
 
 
 def test_other_things_are_held_against_their_domain(together):
@@ -235,7 +238,7 @@ def test_rows_share_noise_and_differ_in_what_is_asked(drags, together, tmp_path)
     measure_control(make, out=tmp_path, sizes=SMALL, settings={"trained": True})
     [lost] = make.calls[done:]
     assert [each.noise for each in lost] == [each.noise for each in by_row[5]]
-    with pytest.raises(ValueError, match="other trained; choose another folder"):
+    with pytest.raises(ValueError, match=r"holds figures with trained .*; choose another folder"):
         measure_control(make, out=tmp_path, sizes=SMALL, settings={"trained": False})
 
 
