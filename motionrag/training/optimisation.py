@@ -32,6 +32,14 @@ class OptimisedModule(lightning.LightningModule):
             decay_steps=settings["decay_steps"],
         )
 
+    def on_fit_end(self) -> None:
+        """Write what was trained by a run that was killed after its last checkpoint and before it wrote.
+
+        Lightning leaves out a loop that has nothing left to do, `on_train_end` included.
+        """
+        if self.trainer.fit_loop.restarting:
+            self.on_train_end()
+
 
 def optimisation(
     parameters: Iterable[nn.Parameter],

@@ -55,6 +55,19 @@ def test_an_interrupted_training_continues_as_if_it_had_not_been(stage, made_bun
         assert not any(key.startswith("denoiser") for key in checkpoint(tmp_path / "run_whole")["state_dict"])
 
 
+@pytest.mark.parametrize("stage", sorted(TRAINED))
+def test_a_run_killed_after_its_last_checkpoint_writes_when_it_is_continued(stage, made_bundle, cache, tmp_path):
+    bundle = shutil.copytree(made_bundle, tmp_path / "bundle")
+    config = write_config(stage, bundle, cache, tmp_path / "run")
+    train(config)
+    written = tree(bundle)
+    shutil.rmtree(bundle)
+    shutil.copytree(made_bundle, bundle)
+    trained_again, _ = losses(config, resume=True)
+    assert trained_again == []
+    assert tree(bundle) == written
+
+
 def checkpoint(folder):
     return torch.load(last_checkpoint(folder), weights_only=True)
 
