@@ -63,7 +63,7 @@ _SHARES = {
     "true_seen": ("true-seen", "c", "md", "u"),
     "true_held_out": ("true-held-out", "c", "md", "u"),
 }
-_FIELDS = ("drawn", "drawn_end", "md", "md_end", "others_moved", "others_error", "moved_outside", "flow_outside")
+FIELDS = ("drawn", "drawn_end", "md", "md_end", "others_moved", "others_error", "moved_outside", "flow_outside")
 # Figure → words and what it shall not exceed, in %.
 _TARGETS = {
     "drag_end": ("MD at the end, of the uncontrolled one", 40),
@@ -157,7 +157,7 @@ def _read(folder: Path) -> tuple[dict[str, dict[str, Values]], dict[str, dict[st
 def _means(rows: Sequence[Mapping[str, str]]) -> Values:
     """Fields without a figure in a scene are left out there."""
     values: Values = {}
-    for field in (*_FIELDS, "lost"):
+    for field in (*FIELDS, "lost"):
         by_scene: dict[int, list[float]] = defaultdict(list)
         for row in rows:
             if row[field]:
@@ -168,7 +168,7 @@ def _means(rows: Sequence[Mapping[str, str]]) -> Values:
 
 
 def _row(values: Values, clips: int) -> dict[str, Any]:
-    spreads = {field: interval(np.array(list(values[field].values()))) for field in _FIELDS if field in values}
+    spreads = {field: interval(np.array(list(values[field].values()))) for field in FIELDS if field in values}
     return {**spreads, "lost": float(np.mean(list(values["lost"].values()))), "clips": clips}
 
 

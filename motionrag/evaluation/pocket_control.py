@@ -36,7 +36,7 @@ from motionrag.evaluation.control_material import (
     together_scenes,
     true_way_scenes,
 )
-from motionrag.evaluation.control_report import ControlReport, write_control_report
+from motionrag.evaluation.control_report import FIELDS, ControlReport, write_control_report
 from motionrag.evaluation.files import claim_folder, write_rows
 from motionrag.evaluation.material import REFERENCES, SEED, TrueClips, indexed
 from motionrag.evaluation.mean_distance import md_vid
@@ -185,7 +185,7 @@ def measure_control(
         ValueError: If `out` holds an evaluation with other settings.
     """
     started = time.monotonic()
-    settings = {**settings, "sizes": asdict(sizes)}
+    settings = {**settings, "sizes": asdict(sizes), "figures": list(FIELDS)}
     clips = out / "clips"
     clips.mkdir(parents=True, exist_ok=True)
     claim_folder(out, settings)

@@ -1,7 +1,7 @@
 """How much a region of a video moves, by optical flow that has to explain what it sees better than standing still does.
 
-Optical flow always gives some displacement. In a still picture with noise of one grey level it drifts by a pixel within
-16 frames (`tests/evaluation/test_region_motion.py`), so its plain length says little of a region that hardly moves.
+Optical flow always gives some displacement. In still pictures with noise of one grey level it drifts by a pixel within
+16 frames, so its plain length says little of a region that hardly moves.
 """
 
 import torch

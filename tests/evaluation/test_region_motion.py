@@ -1,4 +1,4 @@
-"""Motion of a region: noise is none, a pan is, whatever flickers beside."""
+"""Motion of a region: noise and fading are none, a pan is, and what moves beside it does not count."""
 
 import pytest
 import torch
