@@ -32,6 +32,9 @@ class AutoencoderTraining(OptimisedModule):
         decay_steps: Step at which the learning rate reaches zero.
         thing_weight: Weight of pixels of things against 1 for the backdrop.
         kl_weight: Weight of the KL divergence of the latents.
+
+    Raises:
+        ValueError: If the VAE is of another class, or compresses time.
     """
 
     weight_decay = 0.0
@@ -52,7 +55,10 @@ class AutoencoderTraining(OptimisedModule):
         self.save_hyperparameters()
         self.folder = folder
         self.vae: Any = AutoModel.from_pretrained(folder).train()
-        self.framewise: _Framewise = _FRAMEWISE[self.vae.config._class_name](self.vae)
+        name = self.vae.config._class_name
+        if name not in _FRAMEWISE:
+            raise ValueError(f"{folder} holds a {name}; what is trained frame by frame is {' or '.join(_FRAMEWISE)}.")
+        self.framewise: _Framewise = _FRAMEWISE[name](self.vae)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Reconstruct frames.
@@ -82,8 +88,8 @@ class AutoencoderTraining(OptimisedModule):
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Set the scale that gives latents unit variance, and write the VAE."""
-        loader: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
-        batch = next(iter(loader))
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        batch = next(iter(data.val_dataloader() or data.train_dataloader()))
         latents = self.framewise.encode(rearrange(batch["video"].to(self.device), "b 1 c h w -> b c h w"))
         self.vae.register_to_config(scaling_factor=float(1 / latents.mode().std()))
         self.vae.save_pretrained(Path(self.folder))
