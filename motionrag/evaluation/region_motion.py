@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from motionrag.tracking import dense_flow
+from motionrag.tracking.chain import sample_at
 
 MARGIN = 1.0
 """Grey levels of 255 by which flow must explain a pixel's surroundings better than standing still does.
@@ -41,12 +42,10 @@ def region_motion(frames: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _taken_back(pictures: Tensor, flow: Tensor) -> Tensor:
-    """What each picture `(t c h w)` shows where the flow `(t h w 2)` leads, beyond the border that of the border."""
+    """What each picture `(t c h w)` shows where the flow `(t h w 2)` leads."""
     height, width = flow.shape[1:3]
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    position = torch.stack([columns, rows], dim=-1) + flow
-    grid = 2 * position / torch.tensor([width - 1, height - 1]) - 1
-    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=True)
+    return sample_at(pictures, torch.stack([columns, rows], dim=-1) + flow)
 
 
 def _difference(pictures: Tensor) -> Tensor:

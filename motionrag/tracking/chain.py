@@ -79,6 +79,21 @@ def follow(frames: Tensor, points: Tensor, estimator: FlowEstimator) -> tuple[Te
     return (torch.stack(tracks, dim=1) + 0.5) / factor - 0.5, torch.stack(visible, dim=1)
 
 
+def sample_at(pictures: Tensor, position: Tensor) -> Tensor:
+    """Read pictures between their pixels, bilinear, beyond the border that of the border.
+
+    Args:
+        pictures: `(t c h w)`.
+        position: `(t y x 2)`, pixels, x then y; coordinates as in the package.
+
+    Returns:
+        `(t c y x)`.
+    """
+    height, width = pictures.shape[2:]
+    grid = 2 * position / torch.tensor([max(1, width - 1), max(1, height - 1)]) - 1
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=True)
+
+
 def _inside(position: Tensor, limit: Tensor, factor: int) -> Tensor:
     """Whether positions `(n 2)` are on the picture, up to the outer edge of its border pixels: `(n)`."""
     margin = 0.5 * factor
@@ -87,8 +102,5 @@ def _inside(position: Tensor, limit: Tensor, factor: int) -> Tensor:
 
 def _sample(flow: Tensor, position: Tensor) -> Tensor:
     """Flow `(h w 2)` at positions `(n 2)`, bilinear, beyond the border that of the border: `(n 2)`."""
-    height, width = flow.shape[:2]
-    grid = 2 * position / torch.tensor([max(1, width - 1), max(1, height - 1)]) - 1
-    picture = rearrange(flow, "h w xy -> 1 xy h w")
-    sampled = F.grid_sample(picture, grid[None, None], padding_mode="border", align_corners=True)
+    sampled = sample_at(rearrange(flow, "h w xy -> 1 xy h w"), rearrange(position, "n xy -> 1 1 n xy"))
     return rearrange(sampled, "1 xy 1 n -> n xy")

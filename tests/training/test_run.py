@@ -56,8 +56,7 @@ def test_an_interrupted_training_continues_as_if_it_had_not_been(stage, made_bun
 
 
 @pytest.mark.parametrize("stage", sorted(TRAINED))
-def test_a_run_killed_after_its_last_checkpoint_writes_when_it_is_continued(stage, made_bundle, cache, tmp_path):
-    bundle = shutil.copytree(made_bundle, tmp_path / "bundle")
+def test_a_run_killed_after_its_last_checkpoint_writes_when_continued(stage, made_bundle, bundle, cache, tmp_path):
     config = write_config(stage, bundle, cache, tmp_path / "run")
     train(config)
     written = tree(bundle)
