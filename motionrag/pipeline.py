@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from motionrag.adapters import AttentionInjection, FeatureModulation
 from motionrag.backbones import Backbone, backbone_of_index, backbone_of_pipeline
+from motionrag.backbones.quiet import quiet_about_autoencoder
 from motionrag.bundle import POCKET, MotionBundle
 from motionrag.control import control_flow
 from motionrag.database import MotionDatabase, Reference
@@ -115,7 +116,8 @@ class MotionRAGPipeline:
             dtype = pipeline_options.get("dtype", pipeline_options.get("torch_dtype"))
             denoiser = denoiser_class.from_pretrained(bundle.path_or_id(bundle.config.denoiser), dtype=dtype)
             pipeline_options[backbone.denoiser] = denoiser
-        pipeline = pipeline_class.from_pretrained(str(source), **pipeline_options)
+        with quiet_about_autoencoder():
+            pipeline = pipeline_class.from_pretrained(str(source), **pipeline_options)
         return cls(pipeline, bundle, database=database)
 
     @property

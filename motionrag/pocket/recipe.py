@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from motionrag.backbones import BACKBONES
+from motionrag.backbones.quiet import quiet_about_autoencoder
 from motionrag.bundle import MotionBundle
 from motionrag.encoder import MotionEncoder
 from motionrag.pocket.initialise import initialise
@@ -150,7 +151,8 @@ def pack(source: str | Path, target: str | Path, *, dtype: torch.dtype = torch.f
     encoder = MotionEncoder(bundle)
     own = dataclasses.replace(bundle.own_config, trained=True)
     base = bundle.path_or_id(own.base_model)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    with quiet_about_autoencoder():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=dtype)
     pipeline.save_pretrained(target / own.base_model)
     if dtype == torch.float16:
         for file in (target / own.base_model / BACKBONES[own.backbone].denoiser).glob("*.safetensors"):

@@ -1,9 +1,8 @@
-"""Training of a small autoencoder that compresses space only, frame by frame: CogVideoX's, or that of SVD.
+"""Training of a small autoencoder that compresses space only, frame by frame: CogVideoX's, or one of images.
 
-All temporal taps of their convolutions but the frame's own are zero, and stay so. In CogVideoX's a frame then runs
+In CogVideoX's all temporal taps of the convolutions but the frame's own are zero, and stay so. A frame then runs
 through two-dimensional convolutions with the same weights, twice as fast, and the result is what the network gives for
-a single frame. The decoder of SVD still normalises over all frames of a clip together, where training sees single ones:
-on clips that costs the pocket 0.1 dB.
+a single frame.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from motionrag.backbones.cogvideox import causal_convolutions, single_frames
@@ -20,10 +19,12 @@ from motionrag.training.optimisation import OptimisedModule
 
 
 class AutoencoderTraining(OptimisedModule):
-    """Trains the VAE of CogVideoX or SVD on single frames.
+    """Trains the VAE of CogVideoX, or an `AutoencoderKL`, on single frames.
 
-    The loss is the mean absolute error of pixels and of their differences to the neighbours, with things weighted
-    more than the backdrop, and a small KL term.
+    The loss is the mean absolute error of pixels and of their differences to the neighbours, with things weighted more
+    than the backdrop, and a small KL term. Narrow networks learn faint tints last, for most of that loss is edges, and
+    what decodes such latents confuses colours; two more terms, about the pixels that one cell of the latents covers,
+    make them learn colours first.
 
     Args:
         folder: Of the VAE, in diffusers' layout; the trained one is written back when training ends.
@@ -31,6 +32,9 @@ class AutoencoderTraining(OptimisedModule):
         warmup_steps: Steps of linear warm-up.
         decay_steps: Step at which the learning rate reaches zero.
         thing_weight: Weight of pixels of things against 1 for the backdrop.
+        average_weight: Weight of the absolute error of a cell's mean; 0 leaves it out.
+        colour_weight: Weight of the absolute error of the first three latent channels against a cell's `colours`; 0
+            leaves it out.
         kl_weight: Weight of the KL divergence of the latents.
 
     Raises:
@@ -47,6 +51,8 @@ class AutoencoderTraining(OptimisedModule):
         warmup_steps: int = 100,
         decay_steps: int | None = None,
         thing_weight: float = 4.0,
+        average_weight: float = 0.0,
+        colour_weight: float = 0.0,
         kl_weight: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -70,9 +76,25 @@ class AutoencoderTraining(OptimisedModule):
         Returns:
             The loss.
         """
-        error, kl, _ = self._reconstruct(batch)
-        self.log("train/error", error, prog_bar=True)
-        return error + self.hparams["kl_weight"] * kl
+        settings = self.hparams
+        video = rearrange(batch["video"], "b 1 c h w -> b c h w")
+        latents = self.framewise.encode(video)
+        error = self.framewise.decode(latents.sample()).float() - video
+        weight = 1 + (settings["thing_weight"] - 1) * (batch["masks"] > 0)
+        pixels = (weight * error.abs()).mean()
+        edges = sum((weight * F.pad(error.diff(dim=axis), pad)).abs().mean() for axis, pad in _NEIGHBOURS)
+        cells = latents.mean.shape[-2:]
+        averages = F.adaptive_avg_pool2d(error, cells).abs().mean()
+        # CogVideoX's latents have an axis of one frame.
+        colour = (latents.mean[:, :3].flatten(2) - colours(video, cells).flatten(2)).abs().mean()
+        self.log_dict({"train/error": pixels + 0.5 * edges, "train/colour": colour}, prog_bar=True)
+        return (
+            pixels
+            + 0.5 * edges
+            + settings["average_weight"] * averages
+            + settings["colour_weight"] * colour
+            + settings["kl_weight"] * latents.kl().mean() / latents.mean[0].numel()
+        )
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the peak signal-to-noise ratio.
@@ -81,8 +103,9 @@ class AutoencoderTraining(OptimisedModule):
             batch: As in training.
             batch_idx: Not used.
         """
-        _, _, frames = self._reconstruct(batch)
-        error = (frames.clamp(-1, 1) - batch["video"]).square().flatten(1).mean(1)
+        video = rearrange(batch["video"], "b 1 c h w -> b c h w")
+        frames = self.framewise.decode(self.framewise.encode(video).sample()).float()
+        error = (frames.clamp(-1, 1) - video).square().flatten(1).mean(1)
         self.log("validation/psnr", (10 * torch.log10(4 / error)).mean(), prog_bar=True)
 
     @torch.no_grad()
@@ -94,22 +117,21 @@ class AutoencoderTraining(OptimisedModule):
         self.vae.register_to_config(scaling_factor=float(1 / latents.mode().std()))
         self.vae.save_pretrained(Path(self.folder))
 
-    def _reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Error, KL divergence and the frames `(b t c h w)`."""
-        video = rearrange(batch["video"], "b 1 c h w -> b c h w")
-        latents = self.framewise.encode(video)
-        frames = self.framewise.decode(latents.sample()).float()
-        weight = 1 + (self.hparams["thing_weight"] - 1) * (batch["masks"] > 0)
-        difference = frames - video
-        error = (weight * difference.abs()).mean()
-        edges = sum((weight * F.pad(difference.diff(dim=axis), pad)).abs().mean() for axis, pad in _NEIGHBOURS)
-        return (
-            error + 0.5 * edges,
-            latents.kl().mean() / latents.mean[0].numel(),
-            rearrange(frames, "b c h w -> b 1 c h w"),
-        )
+
+def colours(frames: Tensor, cells: Sequence[int]) -> Tensor:
+    """Mean colours of cells as lightness, red against blue, and green against both.
+
+    Args:
+        frames: `(b 3 h w)` in [-1, 1], red, green and blue.
+        cells: Rows and columns.
+
+    Returns:
+        `(b 3 rows columns)`; over the pocket's frames each channel has about unit variance.
+    """
+    return torch.einsum("kc,bchw->bkhw", frames.new_tensor(_OPPONENT), F.adaptive_avg_pool2d(frames, tuple(cells)))
 
 
+_OPPONENT = ((2.0, 2.0, 2.0), (5.0, 0.0, -5.0), (-5.0, 10.0, -5.0))
 _NEIGHBOURS = ((-1, (0, 1)), (-2, (0, 0, 0, 1)))
 
 
@@ -126,7 +148,10 @@ class _FramewiseCogVideoX:
         if vae.config.temporal_compression_ratio != 1:
             raise ValueError("The VAE compresses time; only one with temporal_compression_ratio 1 is trained here.")
         self.vae = vae
-        _keep_tap([layer.conv for layer in causal_convolutions(vae)], -1)
+        with torch.no_grad():
+            for layer in causal_convolutions(vae):
+                # (c c t h w): what comes before a single frame is zero, so these weights stay zero.
+                layer.conv.weight[:, :, :-1] = 0
 
     def encode(self, frames: Tensor) -> Any:
         with single_frames(self.vae):
@@ -137,30 +162,20 @@ class _FramewiseCogVideoX:
             return rearrange(self.vae.decode(latents).sample, "b c 1 h w -> b c h w")
 
 
-class _FramewiseTemporalDecoder:
-    """The VAE of SVD on frames `(b c h w)`; time is mixed in its decoder only."""
+class _FramewiseImages:
+    """A VAE of images on frames `(b c h w)`."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
-        _keep_tap([layer for layer in vae.decoder.modules() if isinstance(layer, nn.Conv3d)], 1)
 
     def encode(self, frames: Tensor) -> Any:
         return self.vae.encode(frames).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents, num_frames=1).sample
+        return self.vae.decode(latents).sample
 
 
 _FRAMEWISE: dict[str, type[Any]] = {
     "AutoencoderKLCogVideoX": _FramewiseCogVideoX,
-    "AutoencoderKLTemporalDecoder": _FramewiseTemporalDecoder,
+    "AutoencoderKL": _FramewiseImages,
 }
-
-
-@torch.no_grad()
-def _keep_tap(convolutions: Sequence[nn.Conv3d], tap: int) -> None:
-    """Zero the weights `(c c t h w)` of all frames but one; frames around a single one are zero, so they stay zero."""
-    for convolution in convolutions:
-        own = convolution.weight[:, :, tap].clone()
-        convolution.weight.zero_()
-        convolution.weight[:, :, tap] = own

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from motionrag.backbones import Backbone, backbone_of_index
+from motionrag.backbones.quiet import quiet_about_autoencoder
 from motionrag.encoder import MotionEncoder
 from motionrag.encoders.fingerprint import fingerprint
 from motionrag.tracking import DenseTracker, dense_tracker
@@ -285,7 +286,8 @@ def load_pipeline(
     options: dict[str, Any] = dict.fromkeys(left_out)
     if denoiser is not None:
         options[backbone.denoiser] = getattr(diffusers, backbone.denoiser_class).from_pretrained(denoiser, dtype=dtype)
-    return backbone, getattr(diffusers, backbone.pipeline_class).from_pretrained(source, dtype=dtype, **options)
+    with quiet_about_autoencoder():
+        return backbone, getattr(diffusers, backbone.pipeline_class).from_pretrained(source, dtype=dtype, **options)
 
 
 def _identity(clips: Dataset) -> str:

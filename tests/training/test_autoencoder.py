@@ -5,11 +5,11 @@ import pytorch_lightning as lightning
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoModel
 from einops import rearrange
-from torch import nn
 from torch.utils.data import Dataset
 
 from motionrag.backbones.cogvideox import causal_convolutions
 from motionrag.training import AutoencoderTraining, ClipDataModule
+from motionrag.training.autoencoder import colours
 
 SIZE, STEPS, COUNT = 8, 300, 32
 
@@ -28,9 +28,15 @@ class Plates(Dataset):
         return {"video": torch.where(masks[0] > 0, thing, ground)[None], "masks": masks}
 
 
-def temporal_decoder():
-    return AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1, latent_channels=8
+def images():
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
     )
 
 
@@ -46,53 +52,69 @@ def cogvideox():
     )
 
 
-# Of each the autoencoder, which tap in time is the frame's own, and the convolutions that have one.
-MADE = {
-    "cogvideox": (cogvideox, -1, lambda vae: [layer.conv for layer in causal_convolutions(vae)]),
-    "svd": (temporal_decoder, 1, lambda vae: [each for each in vae.decoder.modules() if isinstance(each, nn.Conv3d)]),
-}
+MADE = {"cogvideox": cogvideox, "images": images}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
 @pytest.fixture(params=MADE)
-def made(request, tmp_path):
+def folder(request, tmp_path):
     torch.manual_seed(0)
-    make, tap, convolutions = MADE[request.param]
-    make().save_pretrained(tmp_path / "vae")
-    return str(tmp_path / "vae"), tap, convolutions
+    MADE[request.param]().save_pretrained(tmp_path / "vae")
+    return str(tmp_path / "vae")
+
+
+@pytest.fixture
+def frames():
+    return torch.cat([Plates()[index]["video"] for index in range(COUNT)])
+
+
+def train(folder, **options):
+    training = AutoencoderTraining(folder, learning_rate=5e-3, warmup_steps=5, decay_steps=STEPS, **options)
+    data = ClipDataModule(Plates(), validation=Plates(), batch_size=8, validation_batch_size=COUNT)
+    lightning.Trainer(max_steps=STEPS, accelerator="cpu", **QUIET).fit(training, data)
+    return AutoModel.from_pretrained(folder)
 
 
 @torch.no_grad()
 def error_and_latents(vae, frames):
-    """What its own encode and decode make of single frames `(b c h w)`: mean absolute error, and the latents."""
-    if vae.config._class_name == "AutoencoderKLCogVideoX":
-        latents = vae.encode(rearrange(frames, "b c h w -> b c 1 h w")).latent_dist.mode()
-        decoded = rearrange(vae.decode(latents).sample, "b c 1 h w -> b c h w")
-    else:
-        latents = vae.encode(frames).latent_dist.mode()
-        decoded = torch.cat([vae.decode(each[None], num_frames=1).sample for each in latents])
-    return float((decoded - frames).abs().mean()), latents
+    """What its own encode and decode make of single frames: mean absolute error, and latents; all `(b c h w)`."""
+    pack = "b c 1 h w" if vae.config._class_name == "AutoencoderKLCogVideoX" else "b c h w"
+    latents = vae.encode(rearrange(frames, f"b c h w -> {pack}")).latent_dist.mode()
+    decoded = rearrange(vae.decode(latents).sample, f"{pack} -> b c h w")
+    return float((decoded - frames).abs().mean()), rearrange(latents, f"{pack} -> b c h w")
 
 
-def test_it_learns_frames_and_stores_the_scale(made):
-    folder, tap, convolutions = made
-    frames = torch.cat([Plates()[index]["video"] for index in range(COUNT)])
+def test_it_learns_frames_and_stores_the_scale(folder, frames):
     before, _ = error_and_latents(AutoModel.from_pretrained(folder), frames)
-    training = AutoencoderTraining(folder, learning_rate=5e-3, warmup_steps=5, decay_steps=STEPS)
-    data = ClipDataModule(Plates(), validation=Plates(), batch_size=8, validation_batch_size=COUNT)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    lightning.Trainer(max_steps=STEPS, accelerator="cpu", **quiet).fit(training, data)
-    vae = AutoModel.from_pretrained(folder)
+    vae = train(folder)
     after, latents = error_and_latents(vae, frames)
     assert after < 0.7 * before
     assert float((vae.config.scaling_factor * latents).std()) == pytest.approx(1, abs=0.02)  # the validation frames
-    for layer in convolutions(vae):
-        others = layer.weight.clone()
-        others[:, :, tap] = 0
-        assert layer.weight[:, :, tap].any()
-        assert not others.any()  # no frame sees its neighbours
+    if vae.config._class_name == "AutoencoderKLCogVideoX":
+        for layer in causal_convolutions(vae):
+            assert layer.conv.weight[:, :, -1].any()
+            assert not layer.conv.weight[:, :, :-1].any()  # no frame sees those before it
+
+
+def test_first_channels_learn_to_be_colours(folder, frames):
+    def error(vae):
+        _, latents = error_and_latents(vae, frames)
+        return float((latents[:, :3] - colours(frames, latents.shape[-2:])).abs().mean())
+
+    before = error(AutoModel.from_pretrained(folder))
+    assert error(train(folder, colour_weight=1.0, average_weight=1.0)) < 0.3 * before
+
+
+def test_colours_are_means_of_cells():
+    frames = torch.zeros(1, 3, 4, 4)
+    frames[0, :, :2, :2] = torch.tensor([0.5, 0.5, 0.5])[:, None, None]  # grey
+    frames[0, :, :2, 2:] = torch.tensor([0.4, 0.1, -0.2])[:, None, None]  # as green as it is red and blue
+    frames[0, 1, 2:, :2] = torch.tensor([[0.2, 0.0], [0.0, 0.2]])  # green, in one half of the pixels
+    expected = torch.tensor([[[3.0, 0.6], [0.6, 0.0]], [[0.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
+    torch.testing.assert_close(colours(frames, (2, 2))[0], expected)
 
 
 def test_another_autoencoder_is_refused(tmp_path):
-    AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a AutoencoderKL; what is trained frame by frame is AutoencoderKLCog"):
+    AutoencoderKLTemporalDecoder(block_out_channels=(32,)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a AutoencoderKLTemporalDecoder; what is trained frame by frame"):
         AutoencoderTraining(str(tmp_path))
