@@ -62,16 +62,17 @@ def test_things_of_the_scene_stay_apart_and_in_the_frame():
         assert (positions[one] - positions[other]).norm(dim=-1).min() > 2 * reach
 
 
-def test_a_curve_a_straight_way_and_a_point_and_a_brush_on_what_moves():
+def test_two_curves_and_a_straight_way_and_a_brush_on_the_things():
     task = demo.scene_task()
-    curve, straight, stays = task.tracks.sampled(17).numpy()
-    chord = (curve[-1] - curve[0]) / np.linalg.norm(curve[-1] - curve[0])
-    assert np.abs(np.cross(curve - curve[0], chord)).max() > 5
+    curve, straight, other = task.tracks.sampled(17).numpy()
+    for bent in (curve, other):
+        chord = (bent[-1] - bent[0]) / np.linalg.norm(bent[-1] - bent[0])
+        assert np.abs(np.cross(bent - bent[0], chord)).max() > 2
     assert np.ptp(straight[:, 0]) == 0
-    assert np.ptp(straight[:, 1]) == 33
-    assert np.ptp(stays, axis=0).tolist() == [0, 0]
-    assert [bool(task.mask[int(way[0, 1]), int(way[0, 0])]) for way in (curve, straight, stays)] == [True, True, False]
-    assert task.mask.sum() < 2 * np.pi * 8**2
+    assert np.ptp(straight[:, 1]) == 17
+    # All but the ring begin on themselves.
+    assert [bool(task.mask[int(way[0, 1]), int(way[0, 0])]) for way in (curve, straight, other)] == [True, True, False]
+    assert 0 < task.mask.sum() < 3 * np.pi * 8**2
 
 
 def test_distances_of_videos_that_are_known():
@@ -80,7 +81,7 @@ def test_distances_of_videos_that_are_known():
     gone = still.copy()
     gone[1:] = still[0, 0, 0]
     things = demo._measure(task, {demo.WITHOUT: still, demo.WITH: task.truth, demo.BOTH: gone})
-    by_hand = [np.hypot(34 - 13, 49 - 14), 51 - 18, 0]
+    by_hand = [np.hypot(17 - 13, 32 - 14), 51 - 34, np.hypot(47 - 33, 12 - 23)]
     for thing, expected in zip(things, by_hand, strict=True):
         assert thing["videos"][demo.WITH]["distance_pixels"] < 0.1
         found = thing["videos"][demo.WITHOUT]
@@ -90,14 +91,14 @@ def test_distances_of_videos_that_are_known():
         assert not thing["videos"][demo.BOTH]["found"]
     rows = demo._table(things).splitlines()
     assert [row.split("  ")[-1] for row in rows[1:]] == ["lost"] * 3
-    assert "(34, 49)" in rows[1]
-    assert "40.8 px, 63.8 %" in rows[1]
+    assert "(17, 32)" in rows[1]
+    assert "18.4 px, 28.8 %" in rows[1]
 
 
 def test_figures_follow_from_the_reported_positions(report):
     assert report["frame"] == {"height": 64, "width": 64}
     assert [thing["asked"][0] for thing in report["things"]] == [[13, 14], [51, 51], [33, 23]]
-    assert [thing["asked"][-1] for thing in report["things"]] == [[34, 49], [51, 18], [33, 23]]
+    assert [thing["asked"][-1] for thing in report["things"]] == [[17, 32], [51, 34], [47, 12]]
     for thing in report["things"]:
         assert list(thing["videos"]) == [demo.WITHOUT, demo.WITH, demo.BOTH]
         for result in thing["videos"].values():

@@ -110,7 +110,7 @@ def test_colours_are_means_of_cells():
     frames[0, :, :2, :2] = torch.tensor([0.5, 0.5, 0.5])[:, None, None]  # grey
     frames[0, :, :2, 2:] = torch.tensor([0.4, 0.1, -0.2])[:, None, None]  # as green as it is red and blue
     frames[0, 1, 2:, :2] = torch.tensor([[0.2, 0.0], [0.0, 0.2]])  # green, in one half of the pixels
-    expected = torch.tensor([[[3.0, 0.6], [0.6, 0.0]], [[0.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
+    expected = torch.tensor([[[3.0, 0.6], [0.2, 0.0]], [[0.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
     torch.testing.assert_close(colours(frames, (2, 2))[0], expected)
 
 
