@@ -120,7 +120,7 @@ def test_the_recipe_ships_these_keys_shapes_and_precisions(remade):
 
 
 def test_training_changed_what_is_trained_and_nothing_else(remade):
-    # The second pocket's image encoder is not trained either; it was drawn when another autoencoder was drawn before it.
+    # The second pocket's image encoder is not trained either, but was drawn after another autoencoder than today's.
     untouched = {"text_encoder/model.safetensors", "backbone/text_encoder/model.safetensors"}
     for file in WEIGHTS.rglob("*.safetensors"):
         name = file.relative_to(WEIGHTS).as_posix()
