@@ -5,7 +5,6 @@ through two-dimensional convolutions with the same weights, twice as fast, and t
 a single frame.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +22,8 @@ class AutoencoderTraining(OptimisedModule):
 
     The loss is the mean absolute error of pixels and of their differences to the neighbours, with things weighted more
     than the backdrop, and a small KL term. Narrow networks learn faint tints last, for most of that loss is edges, and
-    what decodes such latents confuses colours; two more terms, about the pixels that one cell of the latents covers,
-    make them learn colours first.
+    a denoiser confuses colours that are hardly in the latents; two more terms, about the pixels that one cell of the
+    latents covers, put them there.
 
     Args:
         folder: Of the VAE, in diffusers' layout; the trained one is written back when training ends.
@@ -86,7 +85,7 @@ class AutoencoderTraining(OptimisedModule):
         cells = latents.mean.shape[-2:]
         averages = F.adaptive_avg_pool2d(error, cells).abs().mean()
         # CogVideoX's latents have an axis of one frame.
-        colour = (latents.mean[:, :3].flatten(2) - colours(video, cells).flatten(2)).abs().mean()
+        colour = (latents.mean[:, :3].flatten(2) - colours(video, *cells).flatten(2)).abs().mean()
         self.log_dict({"train/error": pixels + 0.5 * edges, "train/colour": colour}, prog_bar=True)
         return (
             pixels
@@ -118,20 +117,21 @@ class AutoencoderTraining(OptimisedModule):
         self.vae.save_pretrained(Path(self.folder))
 
 
-def colours(frames: Tensor, cells: Sequence[int]) -> Tensor:
+def colours(frames: Tensor, rows: int, columns: int) -> Tensor:
     """Mean colours of cells as lightness, red against blue, and green against both.
 
     Args:
         frames: `(b 3 h w)` in [-1, 1], red, green and blue.
-        cells: Rows and columns.
+        rows: Of cells.
+        columns: Likewise.
 
     Returns:
-        `(b 3 rows columns)`; over the pocket's frames each channel has about unit variance.
+        `(b 3 rows columns)`; the factors give each channel about unit variance over the pocket's frames.
     """
-    return torch.einsum("kc,bchw->bkhw", frames.new_tensor(_OPPONENT), F.adaptive_avg_pool2d(frames, tuple(cells)))
+    red, green, blue = F.adaptive_avg_pool2d(frames, (rows, columns)).unbind(1)
+    return torch.stack([2 * (red + green + blue), 5 * (red - blue), 10 * green - 5 * (red + blue)], dim=1)
 
 
-_OPPONENT = ((2.0, 2.0, 2.0), (5.0, 0.0, -5.0), (-5.0, 10.0, -5.0))
 _NEIGHBOURS = ((-1, (0, 1)), (-2, (0, 0, 0, 1)))
 
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from motionrag.backbones.quiet import quiet_about_autoencoder
 from motionrag.sheet import SheetRow, contact_sheet
 from motionrag.training.encoded import EncodedClips
 
@@ -106,7 +107,8 @@ class ValidationClips(lightning.Callback):
         backbone = module.backbone
         if self._pipeline is None:
             left_out = {backbone.denoiser, *backbone.frozen_parts} - {"vae"}
-            self._pipeline = type(module.pipeline).from_pretrained(module.source, **dict.fromkeys(left_out))
+            with quiet_about_autoencoder():
+                self._pipeline = type(module.pipeline).from_pretrained(module.source, **dict.fromkeys(left_out))
             self._pipeline.register_modules(**{backbone.denoiser: module.denoiser})
             self._pipeline.set_progress_bar_config(disable=True)
             self._pipeline.vae.to(module.device)

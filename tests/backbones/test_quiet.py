@@ -44,4 +44,18 @@ def test_every_other_warning_stays(messages):
     with quiet_about_autoencoder():
         logger.warning("Expected types for unet: AutoencoderKLTemporalDecoder, got another.")
         logger.warning("Expected types for vae: AutoencoderKLWan, got another.")
-    assert len(messages) == 2
+        logger.warning(
+            "Expected types for vae: AutoencoderKLTemporalDecoder, got <class 'diffusers.AutoencoderKLWan'>."
+        )
+    assert len(messages) == 3
+
+
+def test_a_block_that_ends_leaves_the_others_theirs(messages):
+    known = "Expected types for vae: AutoencoderKLTemporalDecoder, got <class 'diffusers.AutoencoderKL'>."
+    with quiet_about_autoencoder():
+        with quiet_about_autoencoder():
+            pass
+        logging.getLogger(LOGGER).warning(known)
+    assert not messages
+    logging.getLogger(LOGGER).warning(known)
+    assert messages == [known]

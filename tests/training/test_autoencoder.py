@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoModel
-from einops import rearrange
+from einops import rearrange, reduce
 from torch.utils.data import Dataset
 
 from motionrag.backbones.cogvideox import causal_convolutions
@@ -96,13 +96,31 @@ def test_it_learns_frames_and_stores_the_scale(folder, frames):
             assert not layer.conv.weight[:, :, :-1].any()  # no frame sees those before it
 
 
-def test_first_channels_learn_to_be_colours(folder, frames):
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_first_channels_learn_to_be_colours_if_they_shall(folder, frames, weight):
     def error(vae):
         _, latents = error_and_latents(vae, frames)
-        return float((latents[:, :3] - colours(frames, latents.shape[-2:])).abs().mean())
+        return float((latents[:, :3] - colours(frames, *latents.shape[-2:])).abs().mean())
 
     before = error(AutoModel.from_pretrained(folder))
-    assert error(train(folder, colour_weight=1.0, average_weight=1.0)) < 0.3 * before
+    assert (error(train(folder, colour_weight=weight)) < 0.3 * before) == (weight > 0)
+
+
+def test_average_weight_counts_the_error_of_each_cells_mean(tmp_path, frames):
+    torch.manual_seed(0)
+    images().save_pretrained(tmp_path)
+    batch = {"video": frames[:, None], "masks": torch.zeros(COUNT, 1, SIZE, SIZE)}
+
+    def loss(weight):
+        training = AutoencoderTraining(str(tmp_path), average_weight=weight)
+        torch.manual_seed(1)  # of the latents' noise
+        return training.training_step(batch, 0)
+
+    vae = AutoModel.from_pretrained(str(tmp_path))
+    torch.manual_seed(1)
+    errors = vae.decode(vae.encode(frames).latent_dist.sample()).sample - frames
+    means = reduce(errors, "b c (rows h) (columns w) -> b c rows columns", "mean", h=2, w=2)
+    torch.testing.assert_close(loss(3.0) - loss(0.0), 3 * means.abs().mean(), atol=1e-5, rtol=1e-4)
 
 
 def test_colours_are_means_of_cells():
@@ -111,7 +129,7 @@ def test_colours_are_means_of_cells():
     frames[0, :, :2, 2:] = torch.tensor([0.4, 0.1, -0.2])[:, None, None]  # as green as it is red and blue
     frames[0, 1, 2:, :2] = torch.tensor([[0.2, 0.0], [0.0, 0.2]])  # green, in one half of the pixels
     expected = torch.tensor([[[3.0, 0.6], [0.2, 0.0]], [[0.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
-    torch.testing.assert_close(colours(frames, (2, 2))[0], expected)
+    torch.testing.assert_close(colours(frames, 2, 2)[0], expected)
 
 
 def test_another_autoencoder_is_refused(tmp_path):
